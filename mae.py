@@ -1,0 +1,378 @@
+"""Masked autoencoder (MAE): hide 75 % of the patches, encode the rest, repaint the hidden ones.
+
+He et al., arXiv 2111.06377; for ViT-Tiny with the recipe of MAE-Lite, Wang et al., arXiv 2205.14443.
+
+    keep = a random 25 % of the patches, drawn anew for every image
+    z    = encoder([class token, patches[keep]])          the encoder never meets a hidden patch
+    y    = decoder([z in its places, mask token elsewhere])
+    loss = mean over the hidden patches of |y - pixels|^2, pixels normalised within each patch
+
+With --teacher, D-MAE (MAE-Lite, sec. 5): the scores q k^T of the last block imitate those of a larger MAE.
+With --recipe cifar, the small-image variant of Tan, arXiv 2402.03752: visible patches count a little, too.
+
+Run    python mae.py                                          generated shapes, two minutes on a laptop
+       python mae.py --data /imagenet                         one GPU, or the CPU
+       torchrun --nproc_per_node=8 mae.py --data /imagenet    eight GPUs
+       python mae.py --data /imagenet --teacher mae_pretrain_vit_base.pth
+Use    from mae import MaskedAutoencoder                      copy this file and vit.py
+Letters in shape comments: B images, C channels, p patch side, N patches, n kept patches, L = 1 + n tokens,
+       D encoder width, E decoder width, H heads
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
+
+from vit import (IMAGENET_MEAN, IMAGENET_STD, MASKS, Block, Images, InputError, Log, View, ViT, World, apply_recipe, autocast,
+                 batches, cosine, gradients_shared, in_order, init_linear, launch, layer_norm, load_encoder, normalizer,
+                 open_images, open_run, param_groups, parse_args, parts_of_batch, position_table, read_encoder, relation,
+                 restore, save_checkpoint, set_lr, start_processes, take, uniform, vit_options, wrap, write_file)
+
+# -------------------------------------------------------------------- the method
+
+
+class MaskedViT(nn.Module):
+    """A ViT that sees a random part of the patches, and a light decoder that works on all of them.
+
+    decoder      width, blocks, heads; its MLPs, activation and positions are of the encoder's kind
+    mask_ratio   share of the patches that the encoder does not see
+    """
+
+    def __init__(self, encoder: ViT, decoder: tuple[int, int, int], mask_ratio: float = 0.75):
+        super().__init__()
+        patches, (width, depth, heads) = encoder.grid[0] * encoder.grid[1], decoder
+        self.keep = int(patches * (1 - mask_ratio))  # cut, not rounded: as in all official code
+        if not 0 < self.keep < patches:
+            raise InputError(f"mask ratio {mask_ratio} leaves {self.keep} of {patches} patches to see; give a value "
+                             "between 0 and 1")
+        kind = encoder.config
+        self.encoder = encoder
+        self.decoder_embed = nn.Linear(encoder.width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
+        self.decoder_pos_embed = nn.Parameter(position_table(kind["positions"], width, encoder.grid),
+                                              kind["positions"] == "learned")
+        self.decoder_blocks = nn.ModuleList(Block(width, heads, kind["mlp_ratio"], kind["act"], kind["qkv_bias"])
+                                            for _ in range(depth))
+        self.decoder_embed.apply(init_linear)
+        self.decoder_blocks.apply(init_linear)
+
+    def encode(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """images B C h w, noise B N -> tokens of the kept patches B 1+n D, and `restore` B N."""
+        keep, restore = random_masking(noise, self.keep)
+        return self.encoder.encode(images, keep), restore
+
+    def decode(self, z: Tensor, restore: Tensor, blocks: int | None = None) -> Tensor:
+        """z B 1+n D, restore B N -> state of all tokens B 1+N E after the decoder's first `blocks` blocks, or all."""
+        z = self.decoder_embed(z)                                                       # B 1+n E
+        masks = self.mask_token.expand(len(z), restore.shape[1] + 1 - z.shape[1], -1)   # B N-n E
+        patches = take(torch.cat([z[:, 1:], masks], dim=1), restore)                    # B N E, in their places
+        y = torch.cat([z[:, :1], patches], dim=1) + self.decoder_pos_embed              # B 1+N E
+        for block in self.decoder_blocks[:blocks]:
+            y = block(y)
+        return y
+
+
+def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """noise B N -> numbers of the `keep` patches with the lowest noise, B n, and `restore` B N: the place of every
+    patch in the order of noise. Patch i is hidden if restore[i] >= n."""
+    order = noise.argsort(dim=1)
+    return order[:, :keep], order.argsort(dim=1)
+
+
+class MaskedAutoencoder(MaskedViT):
+    """MAE: a MaskedViT whose decoder paints pixels.
+
+    norm_pix        compare with pixels normalised within each patch ("normalized pixels" in sec. 3)
+    visible_weight  weight of the mean error on visible patches (alpha of arXiv 2402.03752); 0: plain MAE
+    """
+
+    def __init__(self, encoder: ViT, decoder: tuple[int, int, int] = (96, 1, 3), mask_ratio: float = 0.75,
+                 norm_pix: bool = True, visible_weight: float = 0.0):
+        super().__init__(encoder, decoder, mask_ratio)
+        self.norm_pix, self.visible_weight = norm_pix, visible_weight
+        self.decoder_norm = layer_norm(decoder[0])
+        self.decoder_pred = nn.Linear(decoder[0], encoder.patch_size ** 2 * encoder.channels)
+        self.decoder_pred.apply(init_linear)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """images B C h w, normalised; noise B N in 0..1, else drawn here -> {"loss": mean squared error}."""
+        if noise is None:
+            noise = torch.rand(len(images), self.encoder.grid[0] * self.encoder.grid[1], device=images.device)
+        z, restore = self.encode(images, noise)
+        return dict(loss=self.reconstruction_loss(images, self.predict(z, restore), restore >= self.keep))
+
+    def predict(self, z: Tensor, restore: Tensor) -> Tensor:
+        """Pixels of all patches, B N ppC."""
+        return self.decoder_pred(self.decoder_norm(self.decode(z, restore)))[:, 1:]
+
+    def reconstruction_loss(self, images: Tensor, prediction: Tensor, hidden: Tensor) -> Tensor:
+        """Mean squared error on the hidden patches; prediction B N ppC, hidden B N (true or false)."""
+        target = patchify(images, self.encoder.patch_size)                              # B N ppC
+        target = target.to(torch.promote_types(target.dtype, torch.float32))
+        if self.norm_pix:
+            mean, std = patch_statistics(target)
+            target = (target - mean) / std
+        error = (prediction.to(target.dtype) - target).square().mean(-1)                # B N
+        loss = (error * hidden).sum() / hidden.sum()
+        if self.visible_weight:
+            loss = loss + self.visible_weight * (error * ~hidden).sum() / (~hidden).sum()
+        return loss
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's idea of whole pictures B C h w, and which pixels were hidden (B 1 h w, 0 or 1). Predictions of
+        normalised pixels get the true mean and deviation of their patch back, or they would be grey."""
+        z, restore = self.encode(images, noise)
+        prediction, patch_size, grid = self.predict(z, restore).float(), self.encoder.patch_size, self.encoder.grid
+        if self.norm_pix:
+            mean, std = patch_statistics(patchify(images, patch_size))
+            prediction = prediction * std + mean
+        hidden = (restore >= self.keep).float().view(-1, 1, *grid)
+        hidden = hidden.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+        return unpatchify(prediction, patch_size, grid), hidden
+
+
+def patchify(images: Tensor, p: int) -> Tensor:
+    """B C h w -> B N ppC, patches row by row; inside a patch row, column, channel with the channel fastest."""
+    x = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))                              # B C rows p columns p
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, p: int, grid: tuple[int, int]) -> Tensor:
+    """B N ppC -> B C h w: the inverse of `patchify`."""
+    x = patches.unflatten(2, (p, p, -1)).unflatten(1, grid)                             # B rows columns p p C
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each patch over its pixels and channels together, B N 1; the variance is the unbiased one."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+class DistilledMAE(MaskedAutoencoder):
+    """D-MAE: beside its own reconstruction, the student imitates the raw attention scores of a teacher that sees the
+    same patches in the same order; class token included. A bias-free map over the heads, trained along and thrown
+    away, translates the student's heads into the teacher's.
+
+    loss = reconstruction + weight * sum over `layers` of mean (adapter(S_student) - S_teacher)^2,   S = q k^T / sqrt(d)
+    layers   numbers of the compared blocks, counted from 1
+    """
+
+    def __init__(self, *arguments, teacher_heads: list[int], layers: list[int], weight: float = 1.0, **options):
+        super().__init__(*arguments, **options)
+        if not all(1 <= layer <= self.encoder.depth for layer in layers):
+            raise InputError(f"layers {layers}: the student has blocks 1 to {self.encoder.depth}")
+        self.layers, self.weight = layers, weight
+        self.adapters = nn.ModuleList(nn.Conv2d(self.encoder.blocks[layer - 1].attn.heads, heads, 1, bias=False)
+                                      for layer, heads in zip(layers, teacher_heads, strict=True))
+
+    def forward(self, images: Tensor, noise: Tensor, teacher_scores: list[Tensor]) -> dict[str, Tensor]:
+        """images B C h w, noise B N, the teacher's scores B H L L for each layer -> the loss and its two terms."""
+        keep, restore = random_masking(noise, self.keep)
+        scores, x = attention_scores(self.encoder, images, keep, self.layers)
+        for block in self.encoder.blocks[max(self.layers) - 1:]:
+            x = block(x)
+        reconstruction = self.reconstruction_loss(images, self.predict(self.encoder.norm(x), restore), restore >= self.keep)
+        with torch.autocast(images.device.type, enabled=False):
+            attention = sum(F.mse_loss(adapter(student), teacher)
+                            for adapter, student, teacher in zip(self.adapters, scores, teacher_scores, strict=True))
+        return dict(loss=reconstruction + self.weight * attention, reconstruction=reconstruction, attention=attention)
+
+
+def attention_scores(vit: ViT, images: Tensor, keep: Tensor, layers: list[int]) -> tuple[list[Tensor], Tensor]:
+    """Raw scores B H L L of the blocks `layers` (from 1), and the input B L D of the last of these: nothing beyond
+    its queries and keys is computed, so a teacher stops there."""
+    x, scores = vit.embed(images, keep), {}
+    for number, block in enumerate(vit.blocks[:max(layers)], start=1):
+        if number in layers:
+            scores[number] = relation(*block.qkv(x)[:2])
+        if number < max(layers):
+            x = block(x)
+    return [scores[layer] for layer in layers], x
+
+
+# -------------------------------------------------------------------- the recipe
+
+RECIPES = {
+    # MAE-Lite's ViT-Tiny (projects/mae_lite/mae_lite_exp.py). Its crops are bilinear or bicubic by chance, ours bicubic.
+    "imagenet": dict(
+        model="tiny", image_size=224, mask_ratio=0.75, norm_pix=True, visible_weight=0.0, crop_min=0.08,
+        mean=IMAGENET_MEAN, std=IMAGENET_STD,
+        epochs=400, warmup_epochs=40, batch_size=4096, micro_batch=256, blr=1.5e-4, min_lr=0.0, weight_decay=0.05,
+        distill_weight=1.0),
+    # arXiv 2402.03752: 36 pixels, patches of 3, ReLU, MLP ratio 2, learned positions, visible patches discounted.
+    # The paper leaves open, and we chose: 12 heads, qkv without bias, the decoder, alpha = 0.1, plain pixels,
+    # batch size and length. Crops and their scale follow a re-implementation.
+    "cifar": dict(
+        model="tiny", image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned",
+        decoder="96x2x3", mask_ratio=0.75, norm_pix=False, visible_weight=0.1, crop_min=0.6,
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        epochs=4000, warmup_epochs=400, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05,
+        distill_weight=1.0),
+    # Ours: two minutes on two CPU cores.
+    "demo": dict(
+        model="demo", image_size=32, patch_size=4, decoder="64x1x2", mask_ratio=0.75, norm_pix=True, visible_weight=0.0,
+        crop_min=0.6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        epochs=9.6, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05,
+        distill_weight=1.0),
+}
+# Decoders of MAE-Lite for tiny and small (a large one only hurts a small encoder), MAE's for the rest.
+DECODERS = {"demo": "64x1x2", "tiny": "96x1x3", "small": "192x1x6"}
+OPTIONS = {
+    "method": {
+        "mask_ratio": (float, "share of the patches that is hidden"),
+        "norm_pix": (bool, "compare with pixels normalised within each patch"),
+        "visible_weight": (float, "weight of the error on visible patches"),
+        "decoder": (str, "WIDTHxBLOCKSxHEADS of the decoder, else by --model: tiny 96x1x3, small 192x1x6, base and up 512x8x16"),
+        "crop_min": (float, "smallest share of a picture's area in a random crop"),
+    },
+    "distillation (D-MAE)": {
+        "teacher": (str, "file of a pre-trained MAE encoder: ours or an official one"),
+        "teacher_heads": (int, "heads of the teacher, where its file does not say"),
+        "distill_layers": (str, "blocks whose scores are compared, counted from 1, as 6,12; else the last"),
+        "distill_weight": (float, "weight of the attention term"),
+    },
+}
+
+
+def build(args: argparse.Namespace, teacher: ViT | None) -> MaskedAutoencoder:
+    """The model that the arguments describe, with weights drawn from --seed."""
+    torch.manual_seed(args.seed)
+    encoder = ViT(**vit_options(args))
+    try:
+        decoder = tuple(int(number) for number in (args.decoder or DECODERS.get(args.model, "512x8x16")).split("x"))
+        width, blocks, heads = decoder
+    except ValueError:
+        raise InputError(f"--decoder {args.decoder} is not WIDTHxBLOCKSxHEADS, as 96x1x3") from None
+    options = dict(mask_ratio=args.mask_ratio, norm_pix=args.norm_pix, visible_weight=args.visible_weight)
+    if teacher is None:
+        return MaskedAutoencoder(encoder, decoder, **options)
+    layers = distilled_layers(args, encoder)
+    if encoder.grid != teacher.grid or encoder.depth != teacher.depth:
+        raise InputError(f"--teacher has {teacher.grid} patches and {teacher.depth} blocks, the student {encoder.grid} "
+                         f"and {encoder.depth}: D-MAE compares patch by patch and block by block")
+    heads = [teacher.blocks[layer - 1].attn.heads for layer in layers]
+    return DistilledMAE(encoder, decoder, teacher_heads=heads, layers=layers, weight=args.distill_weight, **options)
+
+
+def distilled_layers(args: argparse.Namespace, encoder: ViT) -> list[int]:
+    try:
+        layers = [int(number) for number in args.distill_layers.split(",")] if args.distill_layers else [encoder.depth]
+    except ValueError:
+        raise InputError(f"--distill-layers {args.distill_layers} is not a list of numbers, as 6,12") from None
+    if not all(1 <= layer <= encoder.depth for layer in layers):
+        raise InputError(f"--distill-layers {args.distill_layers}: there are blocks 1 to {encoder.depth}")
+    return layers
+
+
+def load_teacher(args: argparse.Namespace, device: torch.device) -> ViT | None:
+    """The frozen teacher; it stays outside of the model, so neither optimizer nor checkpoint ever meets it."""
+    if args.teacher is None:
+        return None
+    state, config = read_encoder(args.teacher, args.teacher_heads)
+    size = {name: value for name, value in config.items() if name not in ("mean", "std", "pool", "classes")}
+    teacher = ViT(**{**size, "image_size": args.image_size})
+    load_encoder(teacher, state, config, fresh=("norm.",))  # scores are taken before the final norm
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+# -------------------------------------------------------------------- the run
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv, __doc__, RECIPES, OPTIONS)
+    world = start_processes(args)
+    images = open_images(args)
+    apply_recipe(args, RECIPES, images)
+    out, checkpoint = open_run(args, world, "mae")
+    teacher = load_teacher(args, world.device)
+    model = build(args, teacher)
+    wrapped = wrap(model, args, world)
+    encoder, config = model.encoder, dict(model.encoder.config, mean=list(args.mean), std=list(args.std))
+
+    parts, steps = parts_of_batch(args, world), len(images) // args.batch_size
+    last, lr = round(args.epochs * steps), args.blr * args.batch_size / 256
+    # As in MAE, class and mask token decay like matrices; learned positions do not.
+    groups = param_groups(model, args.weight_decay, undecayed=("encoder.pos_embed", "decoder_pos_embed"))
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=args.device == "cuda")
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    first = restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    normalize = normalizer(args.mean, args.std, world.device)
+    stream = batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
+    log = Log(args, out, world, stream, steps, first, last)
+    if world.main:
+        print(f"MAE, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, learning rate {lr:.3g}, "
+              f"{args.precision} on {world.size} x {args.device} -> {out}", file=sys.stderr)
+
+    def save(step: int) -> None:
+        save_checkpoint(out, "mae", step, model, config, optimizer, scaler, args)
+        write_file(dict(model=encoder.state_dict(), config=config), out / "encoder.pth")
+
+    step = first
+    for step in range(first + 1, last + 1):
+        set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
+        noise = uniform((args.batch_size, encoder.grid[0] * encoder.grid[1]), args.seed, MASKS, step)
+        noise = torch.from_numpy(noise[world.rows(args.batch_size)]).to(world.device, non_blocking=True)
+        sums = {}
+        for part, part_noise in enumerate(noise.chunk(parts), start=1):
+            pixels = normalize(next(stream)[0])                                         # B C h w
+            with gradients_shared(wrapped, now=part == parts):
+                with autocast(args):
+                    extra = [teacher_scores(model, teacher, pixels, part_noise)] if teacher else []
+                    losses = wrapped(pixels, part_noise, *extra)
+                scaler.scale(losses["loss"] / parts).backward()
+            sums = {name: sums.get(name, 0) + loss.detach() / parts for name, loss in losses.items()}
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        if log.step(step, rate, **sums):
+            break
+        if log.save_due():
+            save(step)
+        if world.main and step % max(1, last // 10) == 0:
+            log.write(dict(step=step, **draw(model, images, normalize, args, world, out / f"pictures/{step:07d}.png")))
+    log.flush()
+    if world.main:
+        save(step)
+    log.close()
+    if world.main:
+        score = draw(model, images, normalize, args, world, out / "reconstruction.png")
+        print(f"masked error {score['masked_mse']:.4f}, patch means alone {score['patch_means_mse']:.4f}: {out}/reconstruction.png\n"
+              f"next:  python finetune.py --data {args.data} --init {out}/encoder.pth", file=sys.stderr)
+
+
+@torch.no_grad()
+def teacher_scores(model: DistilledMAE, teacher: ViT, pixels: Tensor, noise: Tensor) -> list[Tensor]:
+    keep, _ = random_masking(noise, model.keep)
+    return attention_scores(teacher, pixels, keep, model.layers)[0]
+
+
+def draw(model: MaskedAutoencoder, images: Images, normalize, args: argparse.Namespace, world: World, path: Path) -> dict[str, float]:
+    """Writes rows of picture | masked | reconstruction | reconstruction with the visible patches pasted in, and measures
+    the squared error on the hidden pixels (0..1) of 64 pictures, beside that of painting each patch in its true mean."""
+    one, size = World(0, 1, world.device), model.encoder.image_size
+    index = torch.linspace(0, len(images) - 1, 64).long().numpy()
+    pixels = torch.cat([x for x, _ in in_order(images.subset(index), View(size), args, one)])
+    noise = uniform((len(pixels), model.encoder.grid[0] * model.encoder.grid[1]), args.seed, MASKS, 0)
+    with autocast(args):
+        painted, hidden = model.reconstruct(normalize(pixels), torch.from_numpy(noise).to(world.device))
+    mean, std = (torch.tensor(value, device=world.device).view(-1, 1, 1) for value in (args.mean, args.std))
+    painted = (painted * std + mean).clamp(0, 1)
+    p = model.encoder.patch_size
+    patches = patchify(pixels, p)
+    means = unpatchify(patch_statistics(patches)[0].expand_as(patches), p, model.encoder.grid)
+    error = {name: ((x - pixels).square() * hidden).sum().item() / (hidden.sum().item() * pixels.shape[1])
+             for name, x in (("masked_mse", painted), ("patch_means_mse", means))}
+    rows = torch.stack([pixels, pixels * (1 - hidden) + 0.5 * hidden, painted, pixels * (1 - hidden) + painted * hidden], 1)
+    path.parent.mkdir(exist_ok=True)
+    save_image(make_grid(rows[:8].flatten(0, 1), nrow=8, padding=2, pad_value=1.0), path)
+    return error
+
+
+if __name__ == "__main__":
+    launch(main)

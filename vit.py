@@ -1,0 +1,1299 @@
+"""The Vision Transformer of all scripts, and below the second ruler the training kit that they share.
+
+Part 1 is the network: Dosovitskiy et al., arXiv 2010.11929, with the details of MAE (arXiv 2111.06377).
+
+    x = [class token, W patch_1, ..., W patch_N] + positions
+    x = x + Attention(LayerNorm(x));  x = x + MLP(LayerNorm(x))         `depth` times
+    y = head(LayerNorm(x)[class token])   or   head(LayerNorm(mean of the patches of x))
+
+Part 2 is what a training script needs around a method: processes, images, schedule, checkpoints, log.
+It knows nothing of any method, and part 1 knows nothing of it: cut the file there and part 1 works alone.
+
+Use    from vit import ViT, SIZES; model = ViT(**SIZES["tiny"], image_size=224, classes=1000)
+Names of parameters are timm's, so files go both ways.
+Letters in shape comments: B images, C channels, N patches, n kept patches, L = 1 + N tokens, D width, H heads, d = D / H.
+"""
+import argparse
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import stochastic_depth
+
+# -------------------------------------------------------------------- part 1: the Vision Transformer
+
+# Tiny and small have 12 heads as in MAE-Lite (arXiv 2205.14443) and MoCo v3; DeiT has 3 and 6. The number of heads
+# changes neither parameters nor cost, so it cannot be seen in a file of weights and must be said.
+SIZES = {
+    "demo": dict(width=64, depth=4, heads=4, mlp_ratio=2.0),  # for 32 x 32 pictures on a laptop
+    "tiny": dict(width=192, depth=12, heads=12),
+    "small": dict(width=384, depth=12, heads=12),
+    "base": dict(width=768, depth=12, heads=12),
+    "large": dict(width=1024, depth=24, heads=16),
+    "huge": dict(width=1280, depth=32, heads=16, patch_size=14),
+}
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says what was given, what is expected, what to change."""
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=1e-6)  # not torch's 1e-5: all ViT files of the field were trained with 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, B L D -> B L D."""
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool = True):
+        super().__init__()
+        if width % heads:
+            raise InputError(f"width {width} cannot be divided among {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """B L D -> queries, keys and values, each B H L d."""
+        return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.scaled_dot_product_attention(*self.split_heads(x))                        # B H L d
+        return self.proj(x.transpose(1, 2).flatten(2))                                  # B L D
+
+
+def relation(a: Tensor, b: Tensor) -> Tensor:
+    """Raw scores a b^T / sqrt(d) of every head, before any softmax: B H L d twice -> B H L L, at least float32.
+
+    `relation(q, k)` is what fused attention never shows; the distillation methods compare it.
+    """
+    with torch.autocast(a.device.type, enabled=False):  # v v^T leaves the range of half precision
+        a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+        return a @ b.transpose(-2, -1) * a.shape[-1] ** -0.5
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int, act: str = "gelu"):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = ACTIVATIONS[act]()
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, B L D -> B L D."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, act: str = "gelu", qkv_bias: bool = True,
+                 drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = Attention(width, heads, qkv_bias)
+        self.norm2 = layer_norm(width)
+        self.mlp = MLP(width, int(width * mlp_ratio), act)
+        self.drop_path = drop_path
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values that this block forms from its input x, each B H L d."""
+        return self.attn.split_heads(self.norm1(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop_path, "row", self.training)
+        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
+
+
+class PatchEmbed(nn.Module):
+    """One linear map of all patches, B C h w -> B N D, row by row of the picture."""
+
+    def __init__(self, patch_size: int, channels: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class ViT(nn.Module):
+    """Vision Transformer.
+
+    image_size   pixels, one number or (height, width); each a multiple of patch_size
+    last_heads   heads of the last block where they differ (TinyMIM); None: as the others
+    positions    "sincos": fixed table (MAE); "learned": a trained one
+    pool         "cls": class token after `norm`; "mean": `fc_norm` of the mean of the patches (MAE fine-tuning)
+    classes      width of the linear head; 0: no head, `forward` gives features
+    drop_path    rate of stochastic depth in the last block, growing linearly from 0; or one rate a block
+
+    `config` holds what is needed to build the same network again, in plain types.
+    Raises InputError where sizes do not fit each other.
+    """
+
+    def __init__(self, image_size: int | tuple[int, int] = 224, patch_size: int = 16, channels: int = 3,
+                 width: int = 192, depth: int = 12, heads: int = 12, last_heads: int | None = None,
+                 mlp_ratio: float = 4.0, act: str = "gelu", qkv_bias: bool = True, positions: str = "sincos",
+                 pool: str = "cls", classes: int = 0, drop_path: float | list[float] = 0.0):
+        super().__init__()
+        if positions not in ("sincos", "learned") or pool not in ("cls", "mean") or act not in ACTIVATIONS:
+            raise InputError(f"positions {positions!r} (sincos, learned), pool {pool!r} (cls, mean) or act {act!r} "
+                             f"({', '.join(ACTIVATIONS)}) is unknown")
+        height, wide = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height % patch_size or wide % patch_size or min(height, wide) < patch_size:
+            raise InputError(f"image size {height}x{wide} is not a multiple of the patch size {patch_size}: "
+                             "some pixels would never be seen")
+        self.config = dict(image_size=[height, wide], patch_size=patch_size, channels=channels, width=width,
+                           depth=depth, heads=heads, last_heads=last_heads or heads, mlp_ratio=mlp_ratio, act=act,
+                           qkv_bias=qkv_bias, positions=positions, pool=pool, classes=classes)
+        self.image_size, self.patch_size, self.channels = (height, wide), patch_size, channels
+        self.grid = (height // patch_size, wide // patch_size)                          # rows, columns
+        self.width, self.depth, self.pool = width, depth, pool
+
+        self.patch_embed = PatchEmbed(patch_size, channels, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(position_table(positions, width, self.grid), positions == "learned")
+        if isinstance(drop_path, (int, float)):
+            drop_path = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(width, (last_heads or heads) if i == depth - 1 else heads, mlp_ratio, act, qkv_bias, drop_path[i])
+            for i in range(depth))
+        self.norm = layer_norm(width) if pool == "cls" else nn.Identity()
+        self.fc_norm = layer_norm(width) if pool == "mean" else nn.Identity()
+        self.head = nn.Linear(width, classes) if classes else nn.Identity()
+
+        self.apply(init_linear)
+        # The patch projection is a linear layer in disguise; its bias keeps the default of a convolution, as in MAE.
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Tokens that enter the first block: images B C h w, keep B n -> B 1+n D; without `keep`, B 1+N D.
+
+        keep   numbers of the patches that the network sees, for each image its own, in any order
+        """
+        if images.shape[1:] != (self.channels, *self.image_size):
+            raise InputError(f"images are {tuple(images.shape[1:])}, the network takes "
+                             f"{(self.channels, *self.image_size)} (channels, height, width)")
+        x = self.patch_embed(images) + self.pos_embed[:, 1:]                            # B N D
+        if keep is not None:
+            x = take(x, keep)                                                           # B n D
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)           # B 1 D
+        return torch.cat([cls, x], dim=1)
+
+    def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """All tokens after the last block and `norm`: B C h w -> B 1+n D, the class token first."""
+        x = self.embed(images, keep)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def features(self, images: Tensor) -> Tensor:
+        """One vector an image: B C h w -> B D."""
+        x = self.encode(images)
+        return self.fc_norm(x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """B C h w -> B classes; without a head, B D."""
+        return self.head(self.features(images))
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x B N D, index B n -> B n D: row index[b, i] of x[b]."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def init_linear(module: nn.Module) -> None:
+    """For `apply`: Xavier-uniform weights, zero biases. q, k and v count as one matrix (MAE's code; MoCo v3 differs)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def position_table(kind: str, width: int, grid: tuple[int, int]) -> Tensor:
+    """Positions of a class token and rows x columns patches, 1 1+N D: fixed sin-cos, or N(0, 0.02) to be learned."""
+    if kind == "learned":
+        return torch.empty(1, 1 + grid[0] * grid[1], width).normal_(std=0.02)
+    return torch.cat([torch.zeros(1, width), sincos_2d(width, grid)]).unsqueeze(0)
+
+
+def sincos_2d(width: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D positions, rows x columns -> N D. The first half of the channels tells the column, the second the row;
+    each half is [sin | cos] of position * 10000^(-k / (D/4)). This is MAE's order; MoCo v3 has the halves swapped.
+    Raises InputError unless the width is a multiple of 4."""
+    if width % 4:
+        raise InputError(f"sin-cos positions need a width that is a multiple of 4, not {width}")
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [position.reshape(-1, 1) * omega for position in (column, row)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Positions 1 1+N D of one grid stretched to another: bicubic, not antialiased; the class token's row is copied."""
+    if tuple(old) == tuple(new):
+        return table
+    patches = table[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)                        # 1 D rows columns
+    patches = F.interpolate(patches, size=tuple(new), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def param_groups(model: nn.Module, weight_decay: float, undecayed: tuple[str, ...] = (),
+                 layer_decay: float = 1.0) -> list[dict]:
+    """Groups for an optimizer, each with its `weight_decay` and the factor `lr_scale` of its learning rate.
+
+    Vectors (biases, norm scales) and the parameters named in `undecayed` have no weight decay.
+    With layer_decay d, block i of a ViT learns at d^(depth - i), the embeddings at d^(depth + 1), the head at 1.
+    """
+    depth = getattr(model, "depth", 0)
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = 0.0 if parameter.ndim == 1 or name in undecayed else weight_decay
+            scale = layer_decay ** (depth + 1 - layer_of(name, depth))
+            groups.setdefault((scale, decay), dict(params=[], lr_scale=scale, weight_decay=decay))
+            groups[scale, decay]["params"].append(parameter)
+    return list(groups.values())
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Layer of a ViT's parameter: 0 for the embeddings, i + 1 for block i, depth + 1 for all that comes after."""
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+# What the files of the field hold beside the encoder: decoders, projectors, distillation heads.
+NOT_ENCODER = ("mask_token", "decoder_", "head.", "decoderfeature_pred.", "encoderfeature_pred.", "dist_token", "head_dist.")
+# Encoders in a file that are not the one to use: MoCo v3's momentum copy, the teacher in MAE-Lite's D-MAE files.
+NOT_WANTED = ("momentum_encoder.", "tch_model.")
+
+
+def load_file(path: str) -> dict:
+    """A file of `torch.save` with nothing but tensors and plain types in it. Raises InputError if it is none."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official files carry their arguments as one
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # whatever a torn, foreign or malicious file can raise
+        raise InputError(f"{path}: not a readable checkpoint ({str(error).strip().splitlines()[0][:120]})") from None
+
+
+def read_encoder(path: str, heads: int | None = None) -> tuple[dict, dict]:
+    """(state dict in the names of ViT, config) of the one encoder in a file: ours, MAE, MAE-Lite, DeiT, MoCo v3,
+    TinyMIM, G2SD or timm. Prefixes such as `module.`, `encoder.` or `base_encoder.` are taken off.
+
+    heads   for files without a config of ours: weights do not show how many heads they were trained with.
+    Raises InputError if there is no encoder, more than one, or if `heads` contradicts the file or is missing.
+    """
+    file = load_file(path)
+    state = next((file[key] for key in ("model", "state_dict") if isinstance(file, dict) and key in file), file)
+    names = [name for name in state if isinstance(name, str)] if isinstance(state, dict) else []
+    prefixes = [name.removesuffix("cls_token") for name in names if name.endswith("cls_token")]
+    prefixes = [prefix for prefix in prefixes if not any(word in prefix for word in NOT_WANTED)]
+    if len(prefixes) != 1:
+        raise InputError(f"{path}: expected one Vision Transformer, found {len(prefixes)} (looked for `cls_token`; "
+                         f"the first names are {names[:3]})")
+    state = {name.removeprefix(prefixes[0]): state[name] for name in names if name.startswith(prefixes[0])}
+    if "config" in file:
+        config = dict(file["config"])
+        if heads not in (None, config["heads"]):
+            raise InputError(f"--heads {heads}: {path} was trained with {config['heads']} heads")
+        return state, config
+    return state, guess_config(state, heads, path)
+
+
+def guess_config(state: dict, heads: int | None, path: str) -> dict:
+    """The config of an encoder of which only the weights are known, its picture taken to be square."""
+    try:
+        width, channels, patch_size = state["patch_embed.proj.weight"].shape[:3]
+        side = math.isqrt(state["pos_embed"].shape[1] - 1)
+        hidden = len(state["blocks.0.mlp.fc1.weight"])
+    except KeyError as missing:
+        raise InputError(f"{path}: no {missing} beside `cls_token`, so this is no plain Vision Transformer") from None
+    if heads is None and width not in (768, 1024, 1280):
+        raise InputError(f"{path} does not say how many heads its {width}-wide network has; give --heads "
+                         "(width 192: 12 in MAE-Lite and MoCo v3, 3 in DeiT; width 384: 12 there, 6 in DeiT and G2SD)")
+    return dict(image_size=[side * patch_size] * 2, patch_size=patch_size, channels=channels, width=width,
+                depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+                heads=heads or {768: 12}.get(width, 16), last_heads=heads or {768: 12}.get(width, 16),
+                mlp_ratio=hidden / width, act="gelu", qkv_bias="blocks.0.attn.qkv.bias" in state, positions="sincos",
+                pool="mean" if "fc_norm.weight" in state else "cls",
+                classes=len(state["head.weight"]) if "head.weight" in state else 0,
+                mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD))
+
+
+def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = ("head.",)) -> list[str]:
+    """Loads what `read_encoder` gave; positions are stretched to the grid of `vit`. Returns the names that keep
+    their initial values: those that begin with an entry of `fresh` and are not in the file, and a mean-pooling
+    network's `fc_norm` if the file has none (MAE leaves the pre-trained `norm` unused there).
+
+    Raises InputError, naming every key, if anything else is missing, is unknown, or has another shape.
+    """
+    if config["patch_size"] != vit.patch_size:
+        raise InputError(f"the file has patches of {config['patch_size']} pixels, the network of {vit.patch_size}")
+    state, own = dict(state), vit.state_dict()
+    if "pos_embed" in state:
+        grid = tuple(side // config["patch_size"] for side in config["image_size"])
+        if state["pos_embed"].shape[1] != 1 + grid[0] * grid[1]:
+            raise InputError(f"`pos_embed` has {state['pos_embed'].shape[1]} rows: not a class token and a "
+                             f"{grid[0]} x {grid[1]} grid of patches")
+        state["pos_embed"] = resize_positions(state["pos_embed"], grid, vit.grid)
+    if vit.pool == "mean" and "fc_norm.weight" not in state:
+        fresh = (*fresh, "fc_norm.")
+    other_norm = "norm." if vit.pool == "mean" else "fc_norm."
+    missing = [name for name in own if name not in state]
+    kept = [name for name in missing if name.startswith(tuple(fresh))]
+    unknown = [name for name in state if name not in own and not name.startswith((*NOT_ENCODER, other_norm))]
+    shapes = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in own
+              if name in state and state[name].shape != own[name].shape]
+    missing = [name for name in missing if name not in kept]
+    for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes)):
+        if names:
+            raise InputError(f"the weights do not fit the network; {what}: {', '.join(names)}")
+    vit.load_state_dict({name: state.get(name, own[name]) for name in own})
+    return kept
+
+
+# -------------------------------------------------------------------- part 2: the training kit
+# Processes, images, schedule, checkpoints, log. All chance is a function of (seed, step) for the whole batch, of
+# which every process takes its rows: so a resumed run repeats an unbroken one, and 1 or 8 processes train alike.
+import json  # noqa: E402  (part 1 must stand alone, so this part brings its own imports)
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import nullcontext  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from datetime import timedelta  # noqa: E402
+from pathlib import Path  # noqa: E402
+from statistics import NormalDist  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from PIL import Image, ImageEnhance, ImageOps  # noqa: E402
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
+from torchvision import datasets  # noqa: E402
+from torchvision.transforms.v2 import InterpolationMode  # noqa: E402
+from torchvision.transforms.v2 import functional as TF  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+# ---- the command line
+
+COMMON_OPTIONS = {
+    "model": {
+        "model": (str, f"size of the network: {', '.join(SIZES)}"),
+        "width": (int, "channels of a token, instead of the size's"),
+        "depth": (int, "blocks, instead of the size's"),
+        "heads": (int, "attention heads, instead of the size's"),
+        "mlp_ratio": (float, "hidden width of the MLPs / width, instead of the size's"),
+        "image_size": (int, "side of the square input in pixels"),
+        "patch_size": (int, "side of a patch in pixels"),
+        "act": (str, f"activation in the MLPs: {', '.join(ACTIVATIONS)}"),
+        "qkv_bias": (bool, "biases in the projections to queries, keys and values"),
+        "positions": (str, "of the tokens: sincos (a fixed table) or learned"),
+    },
+    "optimisation": {
+        "epochs": (float, "passes over the images"),
+        "warmup_epochs": (float, "epochs over which the learning rate rises from 0"),
+        "batch_size": (int, "images per update, on all processes together"),
+        "micro_batch": (int, "most images that one process holds at once; a larger share is accumulated"),
+        "blr": (float, "base learning rate: learning rate = blr x batch size / 256"),
+        "min_lr": (float, "learning rate at the end of the cosine"),
+        "weight_decay": (float, "weight decay of AdamW"),
+    },
+}
+
+
+def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], options: dict[str, dict]) -> argparse.Namespace:
+    """The command line of a script: its own `options` {group: {name: (type, meaning)}}, the common ones, the run's.
+
+    What a recipe decides is None until `apply_recipe`; `--help` shows the value of every recipe.
+    Unknown and abbreviated flags end the program with status 2.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for title in dict.fromkeys([*options, *COMMON_OPTIONS]):
+        group = parser.add_argument_group(title)
+        for name, (kind, meaning) in {**COMMON_OPTIONS.get(title, {}), **options.get(title, {})}.items():
+            given = {recipe: values[name] for recipe, values in recipes.items() if values.get(name) is not None}
+            shown = ", ".join(f"{recipe} {value}" for recipe, value in given.items()).replace("%", "%%")
+            action = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
+            group.add_argument("--" + name.replace("_", "-"), help=meaning + (f" [{shown}]" if shown else ""), **action)
+    run = parser.add_argument_group("data and run")
+    run.add_argument("--data", default="shapes", help="folder of images (train/ and val/ inside; class folders in "
+                     "them where labels are needed), a name of torchvision ("
+                     + ", ".join(TORCHVISION) + "), or shapes: generated pictures [%(default)s]")
+    run.add_argument("--data-root", default="data", help="folder in which torchvision keeps its data sets [%(default)s]")
+    run.add_argument("--download", action="store_true", help="let torchvision download the data set")
+    run.add_argument("--recipe", choices=recipes, help="table of defaults [cifar for CIFAR and pictures up to "
+                     "64 pixels, demo for shapes, else imagenet]")
+    run.add_argument("--out", help="folder for checkpoints and log [runs/<script>-<recipe>, numbered]")
+    run.add_argument("--resume", nargs="?", const="", metavar="PATH", help="continue the run in --out, or that in PATH "
+                     "(a folder or its last.pth)")
+    run.add_argument("--seed", type=int, default=0, help="of all chance in the run [%(default)s]")
+    run.add_argument("--workers", type=int, help="processes that decode images, for each training process [its share of the cores]")
+    run.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"], help="[%(default)s: cuda if there is one]")
+    run.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+                     help="of matrix products [%(default)s: on a GPU bf16 if it can, else fp16; on a CPU fp32]")
+    run.add_argument("--compile", action="store_true", help="compile the model: a minute's wait, then faster steps")
+    run.add_argument("--save-minutes", type=float, default=10, help="minutes between checkpoints [%(default)s]")
+    run.add_argument("--log-every", type=int, default=50, help="steps between records in log.jsonl [%(default)s]")
+    args = parser.parse_args(argv)
+    for name in ("seed", "epochs", "warmup_epochs", "blr", "min_lr", "weight_decay", "workers", "save_minutes"):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is negative")
+    for name in ("batch_size", "micro_batch", "log_every", "width", "depth", "heads", "image_size", "patch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is below 1")
+    if args.model not in (None, *SIZES):
+        parser.error(f"--model {args.model} is unknown; there are {', '.join(SIZES)}")
+    return args
+
+
+def apply_recipe(args: argparse.Namespace, recipes: dict[str, dict], images: "Images") -> None:
+    """Fills every option that was not given from the recipe, which is chosen by the data if not named."""
+    if args.recipe is None:
+        small = args.data in ("cifar10", "cifar100") or images.side is not None and images.side <= 64
+        args.recipe = "demo" if args.data == "shapes" else "cifar" if small else "imagenet"
+    for name, value in recipes[args.recipe].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+
+
+def vit_options(args: argparse.Namespace) -> dict:
+    """Arguments of ViT from --model and the flags that change a part of it."""
+    given = {name: getattr(args, name) for name in COMMON_OPTIONS["model"] if name != "model"}
+    return {**SIZES[args.model], **{name: value for name, value in given.items() if value is not None}}
+
+
+# ---- processes
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its number, how many there are, its device."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, total: int) -> slice:
+        """The share of this process in a batch of `total`."""
+        return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """In place, the sum over all processes."""
+        if dist.is_initialized():
+            dist.all_reduce(values)
+        return values
+
+
+def start_processes(args: argparse.Namespace) -> World:
+    """Joins the processes that torchrun started, or is alone; sets args.device, args.precision and args.workers.
+    Raises InputError for a device that is not there or an environment that torchrun did not make."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = [name for name in names if name in os.environ]
+    if given and len(given) < len(names):
+        raise InputError(f"the environment has {', '.join(given)} but not all of {', '.join(names)}: start several "
+                         "processes by torchrun, or unset these for a single one")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and local_rank >= torch.cuda.device_count():
+        raise InputError(f"--device cuda: process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; "
+                         "start no more processes than there are, or choose --device cpu")
+    if args.precision == "auto":
+        args.precision = "fp32" if args.device != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if args.precision == "fp16" and args.device != "cuda":
+        raise InputError(f"--precision fp16 needs a GPU; on {args.device} use fp32 or bf16")
+    if args.workers is None:
+        args.workers = min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) \
+            if hasattr(os, "sched_getaffinity") else 4
+    device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device(args.device)
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
+        torch.backends.cudnn.benchmark = True
+    if given:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=20),
+                                device_id=device if args.device == "cuda" else None)
+        return World(dist.get_rank(), dist.get_world_size(), device)
+    return World(0, 1, device)
+
+
+def parts_of_batch(args: argparse.Namespace, world: World) -> int:
+    """Into how many parts a process cuts its share of a batch. Raises InputError if that leaves a remainder."""
+    share, rest = divmod(args.batch_size, world.size)
+    parts = math.ceil(share / args.micro_batch)
+    if rest or share == 0 or share % parts:
+        raise InputError(f"--batch-size {args.batch_size} is not processes x parts x images: {world.size} processes "
+                         f"x {parts} parts (--micro-batch {args.micro_batch}) x a whole number of images")
+    return parts
+
+
+def wrap(model: nn.Module, args: argparse.Namespace, world: World) -> nn.Module:
+    """What to call in training: `model`, moved to the device, compiled if asked, its gradients shared by processes.
+    Parameters and checkpoints are those of `model` itself."""
+    model.to(world.device)
+    wrapped = torch.compile(model) if args.compile else model
+    if dist.is_initialized():
+        return nn.parallel.DistributedDataParallel(wrapped, [world.device.index] if world.device.type == "cuda" else None)
+    return wrapped
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
+    return torch.autocast(args.device, dtype, enabled=dtype is not None)
+
+
+def gradients_shared(wrapped: nn.Module, now: bool):
+    """Context of a backward pass: processes average their gradients only in the last part of a batch."""
+    return nullcontext() if now or not dist.is_initialized() else wrapped.no_sync()
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Runs a script. What its user can mend is one line on stderr and exit status 2, instead of a traceback."""
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---- chance and schedule
+
+# The streams of chance; what belongs to one of them moves none of the others.
+ORDER, CROPS, MASKS, LAYERS = range(4)
+
+
+def chance(seed: int, stream: int, step: int) -> np.random.Generator:
+    """The generator of one stream at one step (for ORDER: one epoch)."""
+    return np.random.default_rng([seed, stream, step])
+
+
+def uniform(shape: tuple[int, ...], seed: int, stream: int, step: int) -> np.ndarray:
+    """Numbers in [0, 1) for a whole batch, the same on every process."""
+    return chance(seed, stream, step).random(shape, dtype=np.float32)
+
+
+def cosine(epoch: float, peak: float, low: float, warmup: float, epochs: float) -> float:
+    """Learning rate: 0 -> peak linearly over `warmup` epochs, then half a cosine down to `low` (MAE, lr_sched)."""
+    if epoch < warmup:
+        return peak * epoch / warmup
+    return low + (peak - low) / 2 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+# ---- images in
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+# name: (class in torchvision.datasets, options for pre-training, for labelled training, for evaluation)
+TORCHVISION = {
+    "cifar10": ("CIFAR10", [dict(train=True)], [dict(train=True)], [dict(train=False)]),
+    "cifar100": ("CIFAR100", [dict(train=True)], [dict(train=True)], [dict(train=False)]),
+    "stl10": ("STL10", [dict(split="train+unlabeled")], [dict(split="train")], [dict(split="test")]),
+    "flowers102": ("Flowers102", *[[dict(split="train"), dict(split="val")]] * 2, [dict(split="test")]),
+    "pets": ("OxfordIIITPet", *[[dict(split="trainval")]] * 2, [dict(split="test")]),
+    "aircraft": ("FGVCAircraft", *[[dict(split="trainval")]] * 2, [dict(split="test")]),
+    "food101": ("Food101", *[[dict(split="train")]] * 2, [dict(split="test")]),
+    "dtd": ("DTD", *[[dict(split="train"), dict(split="val")]] * 2, [dict(split="test")]),
+    "imagenette": ("Imagenette", *[[dict(split="train")]] * 2, [dict(split="val")]),
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """How a batch is looked at.
+
+    size         (height, width) of what the network gets, in pixels
+    scale        smallest and largest share of a picture's area that a random crop takes; None: the centre
+    centre       without `scale`: the share of the picture's shorter side that is seen (timm's crop_pct)
+    randaugment  magnitude of timm's RandAugment, 0..10; 0: none
+    count        random views of every picture (MoCo v3: 2); all first views come before all second ones
+    """
+    size: tuple[int, int]
+    scale: tuple[float, float] | None = None
+    centre: float = 1.0
+    randaugment: float = 0.0
+    count: int = 1
+
+    NUMBERS = 23 + 8  # of chance for one picture: 10 tries x (area, ratio), place, flip; RandAugment: 2 operations x 4
+
+    def boxes(self, numbers: np.ndarray, height: int, width: int) -> np.ndarray:
+        """Where to look: numbers B x NUMBERS -> B x (top, left, height, width) in pixels."""
+        if self.scale is not None:
+            return crop_boxes(numbers, height, width, self.scale)
+        aspect = self.size[0] / self.size[1]
+        h, w = (height, height / aspect) if height / aspect <= width else (width * aspect, width)
+        h, w = h * self.centre, w * self.centre
+        return np.tile([(height - h) / 2, (width - w) / 2, h, w], (len(numbers), 1))
+
+    def flips(self, numbers: np.ndarray) -> np.ndarray:
+        return (numbers[:, 22] < 0.5) & (self.scale is not None)
+
+
+def crop_boxes(numbers: np.ndarray, height: int, width: int, scale: tuple[float, float]) -> np.ndarray:
+    """Boxes as torchvision's RandomResizedCrop draws them (ratio 3/4 to 4/3): the first of ten tries that fits into
+    the picture, else its centre. numbers B x NUMBERS -> B x (top, left, height, width)."""
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * numbers[:, 0:10])
+    ratio = np.exp(math.log(3 / 4) + math.log(16 / 9) * numbers[:, 10:20])
+    tries = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)]).round()            # 2 B 10: heights, widths
+    fits = ((tries > 0) & (tries <= np.array([height, width])[:, None, None])).all(0)   # B 10
+    h, w = np.take_along_axis(tries, fits.argmax(1)[None, :, None], 2)[:, :, 0]         # B each
+    top, left = np.floor(numbers[:, 20] * (height - h + 1)), np.floor(numbers[:, 21] * (width - w + 1))
+    none = ~fits.any(1)
+    h[none], w[none] = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    top[none], left[none] = (height - h[none]) // 2, (width - w[none]) // 2
+    return np.stack([top, left, h, w], axis=1)
+
+
+class Images:
+    """Labelled or unlabelled pictures: `len`, `labels` (int64 array or None), `classes` (names or None)."""
+
+    labels: np.ndarray | None
+    classes: list[str] | None
+    side: int | None = None  # longer side of a picture where all have the same size
+
+    def __len__(self) -> int: ...
+    def subset(self, index: np.ndarray) -> "Images": ...
+    def cut(self, i: int, box_of: Callable[[int, int], np.ndarray], size: tuple[int, int]) -> Tensor:
+        """The part of picture i that box_of(height, width) chooses, uint8 C h w, not yet of `size`."""
+
+
+class Packed(Images):
+    """Pictures of one size as one uint8 array N C H W, on the device where they are looked at in batches."""
+
+    def __init__(self, pixels: Tensor, labels: np.ndarray | None, classes: list[str] | None):
+        self.pixels, self.labels, self.classes = pixels, labels, classes
+        self.side = max(pixels.shape[2:])
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def subset(self, index: np.ndarray) -> "Packed":
+        return Packed(self.pixels[torch.from_numpy(index)], None if self.labels is None else self.labels[index], self.classes)
+
+    def cut(self, i, box_of, size):
+        top, left, h, w = box_of(*self.pixels.shape[2:]).round().astype(int)
+        return self.pixels[i, :, top:top + h, left:left + w]
+
+    def look(self, index: np.ndarray, numbers: np.ndarray, view: View) -> Tensor:
+        """A batch of views, float B C h w in 0..1: one crop, flip and resize of each picture, by one grid_sample."""
+        height, width = self.pixels.shape[2:]
+        top, left, h, w = view.boxes(numbers, height, width).T
+        sign = np.where(view.flips(numbers), -1.0, 1.0)
+        zero = np.zeros_like(h)
+        theta = np.stack([sign * w / width, zero, (2 * left + w) / width - 1,
+                          zero, h / height, (2 * top + h) / height - 1], axis=1).reshape(-1, 2, 3)
+        device = self.pixels.device
+        pixels = self.pixels[torch.from_numpy(index).to(device, non_blocking=True)].float().div_(255)
+        theta = torch.from_numpy(theta.astype(np.float32)).to(device, non_blocking=True)
+        grid = F.affine_grid(theta, [len(index), 3, *view.size], align_corners=False)
+        return F.grid_sample(pixels, grid, "bicubic", "border", align_corners=False).clamp_(0, 1)
+
+
+class Files(Images):
+    """Pictures in files. The names are one array of bytes: worker processes share it, and it costs its own size only.
+
+    names    relative to `root`, or None where `load` (a torchvision data set) has them
+    """
+
+    def __init__(self, root: str, names: np.ndarray, labels: np.ndarray | None, classes: list[str] | None):
+        self.root, self.names, self.labels, self.classes = root, names, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def subset(self, index: np.ndarray) -> "Files":
+        return Files(self.root, self.names[index], None if self.labels is None else self.labels[index], self.classes)
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(bytes(self.names[i])))
+
+    def open(self, i: int) -> Image.Image:
+        """Picture i, not yet decoded. Raises InputError, with its path, if it is none."""
+        try:
+            return Image.open(self.path(i))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"{self.path(i)}: cannot be read ({error})") from None
+
+    def cut(self, i, box_of, size):
+        with self.open(i) as image:
+            try:
+                width, height = image.size
+                top, left, h, w = box_of(height, width)
+                # A JPEG can be decoded at 1/2, 1/4 or 1/8: enough where the crop keeps at least the size wanted.
+                image.draft("RGB", (math.ceil(width * size[1] / w), math.ceil(height * size[0] / h)))
+                x, y = image.size[0] / width, image.size[1] / height
+                box = [round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)]
+                box[2:] = max(box[2], box[0] + 1), max(box[3], box[1] + 1)
+                return to_rgb(image.crop(box))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise InputError(f"{self.path(i)}: cannot be read ({error})") from None
+
+
+class Named(Files):
+    """A data set of torchvision that gives PIL images; its labels are known without decoding or read with them."""
+
+    def __init__(self, dataset: Dataset, index: np.ndarray, labels: np.ndarray | None, classes: list[str]):
+        self.dataset, self.names, self.labels, self.classes = dataset, index, labels, classes
+
+    def subset(self, index: np.ndarray) -> "Named":
+        return Named(self.dataset, self.names[index], None if self.labels is None else self.labels[index], self.classes)
+
+    def path(self, i: int) -> str:
+        return f"picture {self.names[i]} of {type(self.dataset).__name__}"
+
+    def open(self, i: int) -> Image.Image:
+        return self.dataset[int(self.names[i])][0]
+
+
+def to_rgb(image: Image.Image) -> Tensor:
+    """Any kind of picture -> uint8 3 h w. 16-bit and float grey is scaled; Pillow alone would clip it to white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image, np.float32)
+        top = 65535 if image.mode.startswith("I;16") or grey.max() > 255 else 1 if grey.max() <= 1 else 255
+        image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 C h w -> C H W, bicubic and antialiased."""
+    return TF.resize(picture, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+
+def open_images(args: argparse.Namespace, split: str = "train", labels: bool = False) -> Images:
+    """The pictures that --data names. split: "train" or "val"; labels: whether classes are needed.
+    Small pictures (all sides up to 64 pixels) are decoded once, here. Raises InputError if there are none."""
+    if args.data == "shapes":
+        return shapes(20000, seed=0) if split == "train" else shapes(2000, seed=1)
+    if args.data in TORCHVISION:
+        return open_torchvision(args, split, labels)
+    return pack_if_small(open_folder(args.data, split, labels), strict=split == "val")
+
+
+def open_folder(data: str, split: str, labels: bool) -> Files:
+    """Pictures below data/split (or, for unlabelled training, anywhere below data), in sorted order.
+    Classes are the folders of data/train, whatever the split; hidden files and folders are passed over."""
+    if not os.path.isdir(data):
+        raise InputError(f"--data {data}: no such folder, and none of {', '.join(TORCHVISION)}, shapes")
+    folder = os.path.join(data, split)
+    if not os.path.isdir(folder):
+        if labels or split != "train":
+            raise InputError(f"--data {data}: no folder {folder}; expected {split}/<class>/<image>")
+        folder = data
+    if not labels:
+        names = list(find_images(os.fsencode(folder)))
+        ids = classes = None
+    else:
+        classes = class_folders(os.path.join(data, "train"))
+        extra = sorted(set(class_folders(folder)) - set(classes))
+        if extra:
+            raise InputError(f"--data {data}: classes {', '.join(extra[:5])} are in {split}/ but not in train/")
+        names, ids = [], []
+        for number, name in enumerate(classes):
+            found = [os.path.join(os.fsencode(name), file) for file in find_images(os.fsencode(os.path.join(folder, name)))]
+            if not found:
+                print(f"warning: class {name} has no images in {folder}", file=sys.stderr)
+            names += found
+            ids += [number] * len(found)
+    if not names:
+        raise InputError(f"--data {data}: no images in {folder} (looked for {' '.join(SUFFIXES)})")
+    return Files(folder, np.array(names), None if ids is None else np.array(ids), classes)
+
+
+def class_folders(folder: str) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def find_images(folder: bytes, inside: bytes = b"") -> Iterator[bytes]:
+    """Names of the pictures below a folder, relative to it, in sorted order."""
+    if not os.path.isdir(folder):
+        return
+    suffixes = tuple(suffix.encode() for suffix in SUFFIXES)
+    with os.scandir(folder) as entries:
+        found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(b"."))
+    for name, is_folder in found:
+        if is_folder:
+            yield from find_images(os.path.join(folder, name), os.path.join(inside, name))
+        elif name.lower().endswith(suffixes):
+            yield os.path.join(inside, name)
+
+
+def pack_if_small(files: Files, strict: bool, most_bytes: int = 2**31) -> Images:
+    """Decodes a folder of small pictures into one array: their files would cost more than the training."""
+    def size_of(i: int) -> tuple[int, int] | None:
+        try:
+            with files.open(i) as image:
+                return image.size
+        except InputError:
+            return None
+    sizes = {size_of(i) for i in np.linspace(0, len(files) - 1, min(len(files), 64)).astype(int)} - {None}
+    if len(sizes) != 1 or max(*sizes) > (64, 64) or len(files) * 3 * math.prod(*sizes) > most_bytes:
+        return files
+    width, height = next(iter(sizes))
+    pixels, good = torch.empty(len(files), 3, height, width, dtype=torch.uint8), []
+    for i in tqdm(range(len(files)), desc="decoding small pictures", disable=not sys.stderr.isatty(), leave=False):
+        try:
+            pixels[len(good)] = resize(files.cut(i, lambda h, w: np.array([0, 0, h, w]), (height, width)), (height, width))
+            good.append(i)
+        except InputError as error:
+            if strict:
+                raise
+            print(f"warning: left out: {error}", file=sys.stderr)
+    return Packed(pixels[:len(good)], None if files.labels is None else files.labels[good], files.classes)
+
+
+def open_torchvision(args: argparse.Namespace, split: str, labels: bool) -> Images:
+    """A data set of torchvision, in its official splits."""
+    kind, *splits = TORCHVISION[args.data]
+    chosen = splits[2] if split == "val" else splits[1] if labels else splits[0]
+    if args.download:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine downloads, the others wait
+            for options in chosen:
+                getattr(datasets, kind)(args.data_root, download=True, **options)
+        if dist.is_initialized():
+            dist.barrier()
+    try:
+        parts = [getattr(datasets, kind)(args.data_root, **options) for options in chosen]
+    except RuntimeError as error:
+        raise InputError(f"--data {args.data}: not in --data-root {args.data_root} ({error}); "
+                         "--download fetches it") from None
+    classes = list(parts[0].classes)
+    if hasattr(parts[0], "data"):  # CIFAR, STL10: already an array, N H W C or N C H W
+        pixels = np.concatenate([part.data for part in parts])
+        pixels = pixels if pixels.shape[1] == 3 else pixels.transpose(0, 3, 1, 2)
+        known = np.concatenate([np.asarray(part.targets if hasattr(part, "targets") else part.labels) for part in parts])
+        return Packed(torch.from_numpy(np.ascontiguousarray(pixels)), known.astype(np.int64) if labels else None, classes)
+    joined = torch.utils.data.ConcatDataset(parts)
+    known = np.concatenate([part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
+                            for part in parts]).astype(np.int64) if labels else None
+    return Named(joined, np.arange(len(joined)), known, classes)
+
+
+def shapes(count: int, seed: int, side: int = 32) -> Packed:
+    """Ten classes, {disc, triangle, square, star, cross} x {filled, outlined}, of random colour, place, angle and size
+    on a colour ramp with 1 % noise. The same pictures for the same seed."""
+    rng = np.random.default_rng([2205, seed])
+    labels = rng.integers(10, size=count)
+    pixels = np.empty((count, 3, side, side), np.uint8)
+    y, x = (np.mgrid[:side, :side].astype(np.float32) + 0.5) / side * 2 - 1             # -1..1
+    for first in range(0, count, 1000):                                                 # bounded memory
+        label = labels[first:first + 1000]
+        n = len(label)
+        turn, radius = rng.uniform(0, 2 * np.pi, (n, 1, 1)), 2 * rng.uniform(0.30, 0.46, (n, 1, 1))
+        dx, dy = rng.uniform(-0.3, 0.3, (2, n, 1, 1))
+        u, v = ((x - dx) * np.cos(turn) + (y - dy) * np.sin(turn)) / radius, ((y - dy) * np.cos(turn) - (x - dx) * np.sin(turn)) / radius
+        # Distance of a point from the centre in units of the outline's, so that 1 is the edge of every shape.
+        def sides(k):
+            return np.stack([u * np.cos(2 * np.pi * i / k) + v * np.sin(2 * np.pi * i / k) for i in range(k)])
+        kinds = np.stack([
+            np.hypot(u, v),
+            sides(3).max(0) / 0.5,
+            sides(4).max(0) / math.sqrt(0.5),
+            np.partition(sides(5), 3, axis=0)[3] / math.cos(2 * math.pi / 5),            # pentagram: all but one side
+            np.minimum(np.maximum(abs(u), 3 * abs(v)), np.maximum(3 * abs(u), abs(v))),
+        ])
+        distance = kinds[label % 5, np.arange(n)]
+        inside = (distance < 1) & ((label < 5)[:, None, None] | (distance > 0.65))
+        ramp, ends, colour = rng.uniform(0, 2 * np.pi, (n, 1, 1)), rng.random((2, n, 3, 1, 1)), rng.random((n, 3, 1, 1))
+        slope = ((x * np.cos(ramp) + y * np.sin(ramp)) / 2.83 + 0.5)[:, None]
+        ground = ends[0] * 0.6 * (1 - slope) + ends[1] * 0.6 * slope
+        picture = np.where(inside[:, None], 0.35 + 0.65 * colour, ground) + rng.normal(0, 0.01, (n, 3, side, side))
+        pixels[first:first + 1000] = (picture * 255).clip(0, 255)
+    names = [f"{how} {what}" for how in ("filled", "outlined") for what in ("disc", "triangle", "square", "star", "cross")]
+    return Packed(torch.from_numpy(pixels), labels, names)
+
+
+# ---- from pictures to batches
+
+class Decoder(Dataset):
+    """What worker processes do: a request (numbers of pictures, numbers of chance) -> their views as bytes.
+
+    A picture that cannot be read is replaced by the next one, and told of; `strict` (evaluation) gives up instead.
+    """
+
+    def __init__(self, images: Images, view: View, strict: bool):
+        self.images, self.view, self.strict = images, view, strict
+
+    def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, np.ndarray, list[str]]:
+        index, numbers = request[0].copy(), request[1]
+        complaints, views = [], []
+        for row in range(len(index)):
+            view, told = None, []
+            while view is None:
+                try:
+                    view = self.look(int(index[row]), numbers[row:row + 1])
+                except InputError as error:
+                    told.append(str(error))
+                    if self.strict or len(told) == 50:  # an exception would lose its one clear line between processes
+                        return torch.empty(0), index, [told[0] if self.strict else f"50 pictures in a row; {told[0]}"]
+                    index[row] = (index[row] + 1) % len(self.images)
+            complaints += told
+            views.append(view)
+        return torch.stack(views), index, complaints
+
+    def look(self, i: int, numbers: np.ndarray) -> Tensor:
+        picture = self.images.cut(i, lambda h, w: self.view.boxes(numbers, h, w)[0], self.view.size)
+        picture = resize(picture, self.view.size)
+        if self.view.flips(numbers)[0]:
+            picture = picture.flip(2)
+        if self.view.randaugment:
+            image = randaugment(Image.fromarray(picture.permute(1, 2, 0).numpy()), numbers[0, 23:], self.view.randaugment)
+            picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return picture
+
+
+def views_of(images: Images, view: View, requests: Iterator, args: argparse.Namespace, world: World,
+             strict: bool = False) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """For every request (float B C h w in 0..1 on the device, numbers of the pictures). Pictures in one array are cut
+    on the device; files, and whatever needs RandAugment, come as bytes from worker processes."""
+    if isinstance(images, Packed):
+        images.pixels = images.pixels.to("cpu" if view.randaugment else world.device)
+        if not view.randaugment:
+            yield from ((images.look(index, numbers, view), index) for index, numbers in requests)
+            return
+    loader = DataLoader(Decoder(images, view, strict), sampler=requests, batch_size=None, num_workers=args.workers,
+                        pin_memory=world.device.type == "cuda", worker_init_fn=leave_signals_alone)
+    bad, seen = set(), 0
+    for pixels, index, complaints in loader:
+        for complaint in set(complaints) - bad:
+            print(f"warning: {complaint}", file=sys.stderr)
+        bad, seen = bad | set(complaints), seen + len(index)
+        if not len(pixels) or len(bad) > max(50, 0.01 * seen):
+            raise InputError(complaints[0] if not len(pixels) else f"{len(bad)} of {seen} pictures cannot be read")
+        yield pixels.to(world.device, non_blocking=True).float().div_(255), np.asarray(index)
+
+
+def leave_signals_alone(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the training process decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class batches:
+    """Iterator over the parts of all batches from step `first` to `last`: (float B C h w in 0..1, numbers of the
+    pictures). `waited` is the time in seconds that training has spent on waiting for them."""
+
+    def __init__(self, images: Images, view: View, args: argparse.Namespace, world: World, first: int, last: int):
+        if len(images) < args.batch_size:
+            raise InputError(f"--data {args.data} has {len(images)} images, less than one batch of {args.batch_size}: "
+                             f"give --batch-size {len(images)} or less")
+        self.waited = 0.0
+        self.views = views_of(images, view, self.requests(len(images), view, args, world, first, last), args, world)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> tuple[Tensor, np.ndarray]:
+        start = time.perf_counter()
+        item = next(self.views)
+        self.waited += time.perf_counter() - start
+        return item
+
+    @staticmethod
+    def requests(count, view, args, world, first, last):
+        parts, batch, steps = parts_of_batch(args, world), args.batch_size, count // args.batch_size
+        rows = world.rows(batch)
+        for step in range(first, last):
+            epoch, place = divmod(step, steps)
+            if place == 0 or step == first:
+                order = chance(args.seed, ORDER, epoch).permutation(count)
+            index = np.tile(order[place * batch:(place + 1) * batch][rows], (view.count, 1))
+            numbers = uniform((view.count, batch, View.NUMBERS), args.seed, CROPS, step)[:, rows]
+            for i, n in zip(np.split(index, parts, axis=1), np.split(numbers, parts, axis=1), strict=True):
+                yield i.reshape(-1), n.reshape(-1, View.NUMBERS)
+
+
+def in_order(images: Images, view: View, args: argparse.Namespace, world: World) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Every picture once, divided among the processes without padding: batches as `batches` gives them."""
+    mine = np.arange(world.rank, len(images), world.size)
+    requests = ((index, np.zeros((len(index), View.NUMBERS), np.float32))
+                for index in (mine[i:i + args.micro_batch] for i in range(0, len(mine), args.micro_batch)))
+    return views_of(images, view, requests, args, world, strict=True)
+
+
+def normalizer(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Function (x - mean) / std of images B C h w, channel by channel."""
+    mean, std = (torch.tensor(value, device=device).view(-1, 1, 1) for value in (mean, std))
+    return lambda images: (images - mean) / std
+
+
+def randaugment(image: Image.Image, numbers: np.ndarray, magnitude: float) -> Image.Image:
+    """timm's `rand-m<magnitude>-mstd0.5-inc1`: two operations of fifteen, each done with probability one half at a
+    level N(magnitude, 0.5) in 0..10. Not torchvision's RandAugment, whose magnitude 9 is a third of this one's.
+
+    numbers   8 in [0, 1): operation, whether, level, sign; twice
+    """
+    grey = (124, 116, 104)  # ImageNet's mean colour fills what an operation uncovers
+    for which, whether, level, sign in numbers.reshape(2, 4).tolist():
+        if whether >= 0.5:
+            continue
+        m = min(max(NormalDist(magnitude, 0.5).inv_cdf(min(max(level, 1e-6), 1 - 1e-6)), 0.0), 10.0)
+        s = m if sign < 0.5 else -m
+        w, h = image.size
+
+        def affine(*matrix):
+            return image.transform((w, h), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=grey)
+        image = (
+            lambda: ImageOps.autocontrast(image),
+            lambda: ImageOps.equalize(image),
+            lambda: ImageOps.invert(image),
+            lambda: image.rotate(3 * s, Image.Resampling.BICUBIC, fillcolor=grey),
+            lambda: ImageOps.posterize(image, 4 - int(0.4 * m)),
+            lambda: ImageOps.solarize(image, 256 - int(25.6 * m)),
+            lambda: image.point([i + int(11 * m) if i < 128 else i for i in range(256)] * 3),
+            lambda: ImageEnhance.Color(image).enhance(1 + 0.09 * s),
+            lambda: ImageEnhance.Contrast(image).enhance(1 + 0.09 * s),
+            lambda: ImageEnhance.Brightness(image).enhance(1 + 0.09 * s),
+            lambda: ImageEnhance.Sharpness(image).enhance(1 + 0.09 * s),
+            lambda: affine(1, 0.03 * s, 0, 0, 1, 0),
+            lambda: affine(1, 0, 0, 0.03 * s, 1, 0),
+            lambda: affine(1, 0, 0.045 * s * w, 0, 1, 0),
+            lambda: affine(1, 0, 0, 0, 1, 0.045 * s * h),
+        )[int(which * 15)]()
+    return image
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Images, view: View, normalize: Callable, args: argparse.Namespace,
+             world: World) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in % and mean cross-entropy over all pictures, each counted once, on any number of processes."""
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    for pixels, index in in_order(images, view, args, world):
+        labels = torch.from_numpy(images.labels[index]).to(world.device)
+        with autocast(args):
+            logits = model(normalize(pixels))
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        totals += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum"),
+                               torch.tensor(len(labels), device=world.device)])
+    model.train()
+    top1, top5, loss, count = world.sum(totals).tolist()
+    return dict(top1=100 * top1 / count, top5=100 * top5 / count, val_loss=loss / count, val_images=int(count))
+
+
+# ---- checkpoints out
+
+# What may differ between a run and its continuation: nothing that changes what is learned.
+FREE_ON_RESUME = ("data", "data_root", "download", "out", "resume", "workers", "device", "micro_batch", "compile",
+                  "save_minutes", "log_every")
+
+
+def open_run(args: argparse.Namespace, world: World, method: str) -> tuple[Path, dict | None]:
+    """The folder of this run, and the checkpoint to continue from or None.
+
+    Raises InputError if --out holds a run already, cannot be written, or if what --resume names is not there,
+    not readable, of another method, or was made with other settings.
+    """
+    if args.resume is not None:
+        checkpoint = find_checkpoint(args)
+        if checkpoint is not None:
+            if checkpoint.get("method") != method:
+                raise InputError(f"--resume: the file is of {checkpoint.get('method', 'another program')}, not of {method}")
+            old = checkpoint["args"]
+            changed = [f"{name} {old.get(name)} -> {value}" for name, value in vars(args).items()
+                       if name not in FREE_ON_RESUME and old.get(name) != value]
+            if changed:
+                raise InputError(f"--resume: settings differ from the run's: {', '.join(changed)}")
+            return Path(args.out), checkpoint
+    folder = Path(args.out or f"runs/{method}-{args.recipe}")
+    if args.out is None:  # runs/mae-demo, runs/mae-demo-2, ...
+        number = 2
+        while (folder / "args.json").exists():
+            folder, number = Path(f"runs/{method}-{args.recipe}-{number}"), number + 1
+    if world.main:
+        if (folder / "args.json").exists() and args.resume is None:
+            raise InputError(f"--out {folder} holds a run already: continue it by --resume, or choose another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"--out {folder} cannot be written: {error}") from None
+    return folder, None
+
+
+def find_checkpoint(args: argparse.Namespace) -> dict | None:
+    """What --resume names: last.pth, or prev.pth if that is unreadable. Sets args.out where it was not given.
+    A bare --resume on a folder without checkpoints starts afresh, and says so."""
+    if not args.resume and args.out is None:
+        raise InputError("--resume needs --out, or the path of the run")
+    path = Path(args.resume or args.out)
+    files = [path] if path.is_file() else [path / "last.pth", path / "prev.pth"]
+    args.out = args.out or str(path.parent if path.is_file() else path)
+    if not any(file.exists() for file in files):
+        if args.resume:
+            raise InputError(f"--resume {args.resume}: no checkpoint there")
+        print(f"no checkpoint in {path}: a new run starts", file=sys.stderr)
+        return None
+    for file in files:
+        try:
+            return load_file(str(file))
+        except InputError as error:
+            print(f"warning: {error}", file=sys.stderr)
+    raise InputError(f"--resume: no readable checkpoint in {path}")
+
+
+def write_file(content: dict, path: Path, previous: Path | None = None) -> None:
+    """Writes aside, flushes, renames: a file under its name is whole. What was there before becomes `previous`.
+    Raises InputError, and leaves everything as it was, if the disk is full or the folder is gone."""
+    aside = path.with_name(path.name + ".new")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written: {error}") from None
+
+
+def save_checkpoint(out: Path, method: str, step: int, model: nn.Module, config: dict, optimizer: torch.optim.Optimizer,
+                    scaler: torch.amp.GradScaler, args: argparse.Namespace) -> None:
+    """last.pth, with all that continuing needs; the one before stays as prev.pth. Weights that are not finite are
+    never saved: raises InputError."""
+    state = model.state_dict()
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise InputError(f"step {step}: {broken[0]} and {len(broken) - 1} more are not finite; nothing was saved")
+    write_file(dict(method=method, model=state, config=config, optimizer=optimizer.state_dict(),
+                    scaler=scaler.state_dict(), step=step, args=vars(args)), out / "last.pth", out / "prev.pth")
+
+
+def restore(checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+    """Puts a checkpoint's state into place; returns the number of steps done."""
+    fused = optimizer.param_groups[0].get("fused")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for group in optimizer.param_groups:  # load_state_dict brings the file's, perhaps of another device
+        group["fused"] = fused
+    scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["step"]
+
+
+# ---- the log
+
+class Log:
+    """One bar, log.jsonl, and the two reasons to leave a run early: a signal, and a loss that is not finite.
+
+    The values of a step are summed over the processes on the device, and read one step later, when they have arrived
+    by themselves: no step waits for the device, and all processes leave after the same one.
+    """
+
+    def __init__(self, args: argparse.Namespace, out: Path, world: World, stream: batches, steps_per_epoch: int,
+                 first: int, last: int):
+        self.args, self.world, self.stream = args, world, stream
+        self.steps_per_epoch, self.last = steps_per_epoch, last
+        self.file, self.pending, self.signal, self.leave = None, None, 0, False
+        self.sums, self.count, self.waited = {}, 0, 0.0
+        self.start = self.saved = self.told = time.time()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        if world.main:
+            self.path = out / "log.jsonl"
+            kept = []
+            if first and self.path.exists():  # drop what an interrupted run wrote after its last checkpoint
+                kept = [line for line in self.path.read_text().splitlines(True)
+                        if line.endswith("}\n") and json.loads(line)["step"] <= first]
+            self.path.write_text("".join(kept))
+        self.bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True,
+                        disable=not world.main or not sys.stderr.isatty())
+
+    def on_signal(self, number: int, frame) -> None:
+        self.signal = number
+
+    def step(self, step: int, lr: float, **losses: Tensor) -> bool:
+        """After the update that makes `step` done. True if the run is to be left. Ends the program with status 1 if
+        the loss of the step before was not finite."""
+        flag = torch.full((), float(self.signal > 0), device=self.world.device)
+        values = self.world.sum(torch.stack([*(loss.detach().float() for loss in losses.values()), flag]))
+        event = None
+        if values.is_cuda:
+            values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        before, self.pending = self.pending, (step, lr, list(losses), values, event)
+        if before:
+            self.read(*before)
+        return self.leave
+
+    def read(self, step: int, lr: float, names: list[str], values: Tensor, event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            event.synchronize()
+        *values, flag = (values / self.world.size).tolist()
+        if not all(map(math.isfinite, values)):
+            self.bar.close()
+            told = f"step {step}: loss {dict(zip(names, values, strict=True))} at learning rate {lr:.3g}; the last checkpoint is from before"
+            sys.exit(told + ". A lower --blr or --precision fp32 may help." if self.world.main else 1)
+        self.leave = flag > 0
+        for name, value in zip(names, values, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        self.bar.update()
+        if step % self.args.log_every == 0 or step == self.last:
+            self.tell(step, lr)
+
+    def tell(self, step: int, lr: float) -> None:
+        """Writes the means since the last record."""
+        now = time.time()
+        seconds = max(now - self.told, 1e-9)
+        record = dict(step=step, epoch=round(step / self.steps_per_epoch, 4),
+                      **{name: value / self.count for name, value in self.sums.items()}, lr=lr,
+                      images_per_s=round(self.count * self.args.batch_size / seconds, 1),
+                      waiting=round((self.stream.waited - self.waited) / seconds, 3),
+                      eta_s=round((self.last - step) * seconds / self.count))
+        if self.world.device.type == "cuda":
+            record["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.sums, self.count, self.told, self.waited = {}, 0, now, self.stream.waited
+        self.write(record)
+        shown = {name: f"{record[name]:.4g}" for name in record if name not in ("step", "epoch", "eta_s", "waiting")}
+        self.bar.set_postfix(shown, refresh=False)
+        if self.bar.disable and self.world.main:
+            print(f"step {step}/{self.last}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + f"  eta {record['eta_s']} s",
+                  file=sys.stderr, flush=True)
+
+    def write(self, record: dict) -> None:
+        """One more line in log.jsonl."""
+        if self.world.main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        """Reads what is still on its way; before anything is saved."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            self.read(*pending)
+
+    def save_due(self) -> bool:
+        """Whether the main process is to save now: the time between checkpoints is over, and the loss was finite."""
+        if not self.world.main or time.time() - self.saved < 60 * self.args.save_minutes:
+            return False
+        self.flush()
+        self.saved = time.time()
+        return True
+
+    def close(self) -> None:
+        """After the last checkpoint. Ends the program with status 128 + signal if a signal ended the run."""
+        self.bar.close()
+        if self.leave:
+            number = self.signal or signal.SIGTERM
+            if self.world.main:
+                print(f"stopped by {signal.Signals(number).name} and saved; --resume continues", file=sys.stderr)
+            sys.exit(128 + number)
