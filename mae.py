@@ -29,7 +29,7 @@ from torchvision.utils import make_grid, save_image
 
 from vit import (IMAGENET_MEAN, IMAGENET_STD, MASKS, Block, Images, InputError, Log, View, ViT, World, apply_recipe, autocast,
                  batches, cosine, gradients_shared, in_order, init_linear, launch, layer_norm, load_encoder, normalizer,
-                 open_images, open_run, param_groups, parse_args, parts_of_batch, position_table, read_encoder, relation,
+                 open_images, open_run, param_groups, parse_args, parts_of_batch, position_table, read_encoder, recipe_for, relation,
                  restore, save_checkpoint, set_lr, start_processes, take, uniform, vit_options, wrap, write_file)
 
 # -------------------------------------------------------------------- the method
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, __doc__, RECIPES, OPTIONS)
     world = start_processes(args)
     images = open_images(args)
-    apply_recipe(args, RECIPES, images)
+    apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
     out, checkpoint = open_run(args, world, "mae")
     teacher = load_teacher(args, world.device)
     model = build(args, teacher)

@@ -370,6 +370,7 @@ from collections.abc import Callable, Iterator  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from datetime import timedelta  # noqa: E402
+from itertools import zip_longest  # noqa: E402
 from pathlib import Path  # noqa: E402
 from statistics import NormalDist  # noqa: E402
 
@@ -378,8 +379,7 @@ import torch.distributed as dist  # noqa: E402
 from PIL import Image, ImageEnhance, ImageOps  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from torchvision import datasets  # noqa: E402
-from torchvision.transforms.v2 import InterpolationMode  # noqa: E402
-from torchvision.transforms.v2 import functional as TF  # noqa: E402
+from torchvision.transforms import v2  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 # ---- the command line
@@ -420,8 +420,8 @@ def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], opt
     for title in dict.fromkeys([*options, *COMMON_OPTIONS]):
         group = parser.add_argument_group(title)
         for name, (kind, meaning) in {**COMMON_OPTIONS.get(title, {}), **options.get(title, {})}.items():
-            given = {recipe: values[name] for recipe, values in recipes.items() if values.get(name) is not None}
-            shown = ", ".join(f"{recipe} {value}" for recipe, value in given.items()).replace("%", "%%")
+            given = {str(values[name]): None for values in recipes.values() if values.get(name) is not None}
+            shown = "; ".join(f"{value}: {', '.join(r for r in recipes if str(recipes[r].get(name)) == value)}" for value in given)
             action = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
             group.add_argument("--" + name.replace("_", "-"), help=meaning + (f" [{shown}]" if shown else ""), **action)
     run = parser.add_argument_group("data and run")
@@ -455,14 +455,17 @@ def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], opt
     return args
 
 
-def apply_recipe(args: argparse.Namespace, recipes: dict[str, dict], images: "Images") -> None:
-    """Fills every option that was not given from the recipe, which is chosen by the data if not named."""
-    if args.recipe is None:
-        small = args.data in ("cifar10", "cifar100") or images.side is not None and images.side <= 64
-        args.recipe = "demo" if args.data == "shapes" else "cifar" if small else "imagenet"
-    for name, value in recipes[args.recipe].items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+def recipe_for(args: argparse.Namespace, images: "Images") -> str:
+    """The recipe that fits the data: demo for the shapes, cifar for pictures up to 64 pixels, else imagenet."""
+    return "demo" if args.data == "shapes" else "cifar" if images.side is not None and images.side <= 64 else "imagenet"
+
+
+def apply_recipe(args: argparse.Namespace, name: str, recipes: dict[str, dict]) -> None:
+    """Gives every option that was not on the command line its value in the recipe; args.recipe becomes its name."""
+    args.recipe = name
+    for option, value in recipes[name].items():
+        if getattr(args, option, None) is None:
+            setattr(args, option, value)
 
 
 def vit_options(args: argparse.Namespace) -> dict:
@@ -574,7 +577,7 @@ def launch(main: Callable[[], None]) -> None:
 # ---- chance and schedule
 
 # The streams of chance; what belongs to one of them moves none of the others.
-ORDER, CROPS, MASKS, LAYERS = range(4)
+ORDER, CROPS, MASKS, LAYERS, LABELS = range(5)
 
 
 def chance(seed: int, stream: int, step: int) -> np.random.Generator:
@@ -592,6 +595,11 @@ def cosine(epoch: float, peak: float, low: float, warmup: float, epochs: float) 
     if epoch < warmup:
         return peak * epoch / warmup
     return low + (peak - low) / 2 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+def reseed(seed: int, *place: int) -> None:
+    """Seeds torch's own generators, which stochastic depth and mixing use, for one place in a run (step, rank, part)."""
+    torch.manual_seed(int(np.random.default_rng([seed, LAYERS, *place]).integers(2**63)))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -774,7 +782,7 @@ def to_rgb(image: Image.Image) -> Tensor:
 
 def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 C h w -> C H W, bicubic and antialiased."""
-    return TF.resize(picture, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return v2.functional.resize(picture, list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
 
 
 def open_images(args: argparse.Namespace, split: str = "train", labels: bool = False) -> Images:
@@ -1054,7 +1062,7 @@ def randaugment(image: Image.Image, numbers: np.ndarray, magnitude: float) -> Im
             lambda: ImageOps.equalize(image),
             lambda: ImageOps.invert(image),
             lambda: image.rotate(3 * s, Image.Resampling.BICUBIC, fillcolor=grey),
-            lambda: ImageOps.posterize(image, 4 - int(0.4 * m)),
+            lambda: image.point([i & (256 - 2 ** (4 + int(0.4 * m))) for i in range(256)] * 3),  # keep 4..0 bits
             lambda: ImageOps.solarize(image, 256 - int(25.6 * m)),
             lambda: image.point([i + int(11 * m) if i < 128 else i for i in range(256)] * 3),
             lambda: ImageEnhance.Color(image).enhance(1 + 0.09 * s),
@@ -1067,6 +1075,36 @@ def randaugment(image: Image.Image, numbers: np.ndarray, magnitude: float) -> Im
             lambda: affine(1, 0, 0, 0, 1, 0.045 * s * h),
         )[int(which * 15)]()
     return image
+
+
+def random_erasing(images: Tensor, probability: float) -> Tensor:
+    """In each image B C h w, with this probability, a box of noise N(0, 1): area 2 % to 33 %, aspect 0.3 to 3.3, as in
+    timm's mode `pixel`. Images are normalised already."""
+    b, _, h, w = images.shape
+    chosen, area, aspect, y, x = torch.rand(5, b, 1, 1, 1, device=images.device)
+    area = h * w * (0.02 + (1 / 3 - 0.02) * area)
+    aspect = (0.3 * (1 / 0.3 / 0.3) ** aspect).sqrt()
+    tall, wide = (area.sqrt() * aspect).round().clamp(max=h - 1), (area.sqrt() / aspect).round().clamp(max=w - 1)
+    top, left = (y * (h - tall + 1)).floor(), (x * (w - wide + 1)).floor()
+    row, column = torch.arange(h, device=images.device).view(-1, 1), torch.arange(w, device=images.device)
+    inside = (row >= top) & (row < top + tall) & (column >= left) & (column < left + wide) & (chosen < probability)
+    return torch.where(inside, torch.randn_like(images), images)                        # B C h w
+
+
+def mixing(mixup: float, cutmix: float, classes: int) -> v2.Transform | None:
+    """MixUp and CutMix of a batch by these alphas, one of the two by chance if both are on; None if neither is."""
+    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
+    return v2.RandomChoice(kinds) if kinds else None
+
+
+def balanced(images: Images, count: int, seed: int) -> Images:
+    """`count` pictures drawn by chance, as many of each class as there can be. Raises InputError if there are fewer."""
+    if count > len(images):
+        raise InputError(f"--labels {count}: there are {len(images)} labelled pictures")
+    order = chance(seed, LABELS, 0).permutation(len(images))
+    by_class = [order[images.labels[order] == label] for label in range(len(images.classes))]
+    in_turn = [i for one_of_each in zip_longest(*by_class) for i in one_of_each if i is not None]
+    return images.subset(np.array(in_turn[:count]))
 
 
 @torch.no_grad()

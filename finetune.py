@@ -1,0 +1,378 @@
+"""Classification with a Vision Transformer: fine-tuning, linear probe, k-NN, training from scratch, evaluation.
+
+    fine-tune   all weights learn; block i at lr * decay^(depth - i): low layers keep what pre-training taught them
+    linear      frozen encoder, y = W BatchNorm(features); W by LARS                            (MAE, appendix A.1)
+    knn         no training: a picture's class is voted by its nearest training pictures        (weights exp(cos / 0.07))
+
+Fine-tuning recipes: MAE-Lite's for tiny and small (arXiv 2205.14443: the less regularisation, the better for a small
+network), MAE's for base, large and huge (arXiv 2111.06377, FINETUNE.md), transfer to small data sets (MAE-Lite),
+small images, and the demo. The accuracy after the last epoch is the result; the best one is only logged.
+
+Run    python finetune.py --init runs/mae-demo/encoder.pth                  after python mae.py
+       python finetune.py                                                   the same from scratch
+       torchrun --nproc_per_node=8 finetune.py --data /imagenet --init runs/mae-imagenet/encoder.pth
+       python finetune.py --data /imagenet --init encoder.pth --protocol linear        or: knn
+       python finetune.py --data /imagenet --init runs/finetune-imagenet/model.pth --eval
+Use    from finetune import LARS, knn_accuracy                              copy this file and vit.py
+Letters in shape comments: B images, C channels, D width, K classes, M training pictures
+"""
+import argparse
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit import (IMAGENET_MEAN, IMAGENET_STD, Images, InputError, Log, View, ViT, World, apply_recipe, autocast, balanced,
+                 batches, cosine, evaluate, gradients_shared, in_order, launch, load_encoder, mixing, normalizer, open_images,
+                 open_run, param_groups, parse_args, parts_of_batch, random_erasing, read_encoder, recipe_for, reseed, restore,
+                 save_checkpoint, set_lr, start_processes, vit_options, wrap, write_file)
+
+# -------------------------------------------------------------------- the method
+
+
+def build(args: argparse.Namespace, weights: tuple[dict, dict] | None, classes: int) -> tuple[ViT, list[str]]:
+    """The classifier, and the names of its parameters that are not pre-trained (`weights` from `read_encoder`, or None)."""
+    torch.manual_seed(args.seed)
+    frozen = args.protocol != "finetune"
+    if weights is None:
+        model = ViT(**vit_options(args), pool=args.pool, classes=classes, drop_path=args.drop_path)
+        scratch_init(model)
+        fresh = ["everything"]
+    else:
+        state, config = weights
+        state = {name: value for name, value in state.items() if not name.startswith("head.") and reused(name, args.reuse)}
+        if frozen and args.pool == "mean" and "norm.weight" in state:  # nothing could train a fresh fc_norm
+            state.update({f"fc_norm.{name}": state[f"norm.{name}"] for name in ("weight", "bias")})
+        size = {name: value for name, value in config.items() if name not in ("mean", "std", "pool", "classes")}
+        # TinyMIM gives the last block the teacher's heads in pre-training only (its models_vit.py).
+        size["last_heads"] = config["last_heads"] if frozen else None
+        size["image_size"] = args.image_size or config["image_size"]
+        model = ViT(**size, pool=args.pool, classes=classes, drop_path=args.drop_path)
+        blocks = [f"blocks.{i}." for i in range(model.depth) if not reused(f"blocks.{i}.", args.reuse)]
+        fresh = load_encoder(model, state, config, fresh=("head.", *blocks))
+    model.pos_embed.requires_grad_(True)  # sin-cos positions are where learning starts here (MAE, timm)
+    if args.protocol == "linear":
+        model.requires_grad_(False)
+        model.head = probe_head(model.width, classes)
+    elif weights is not None:
+        nn.init.normal_(model.head.weight, std=2e-5)  # MAE: the new head hardly disturbs the encoder at first
+    return model, fresh
+
+
+def probe_head(width: int, classes: int) -> nn.Sequential:
+    """What the linear probe trains: BatchNorm without scale and shift, then a linear map."""
+    linear = nn.Linear(width, classes)
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
+
+
+def reused(name: str, blocks: int | None) -> bool:
+    """Whether a pre-trained weight is taken, where only the first `blocks` blocks are (MAE-Lite's study of layers)."""
+    return blocks is None or not name.startswith("blocks.") or int(name.split(".")[1]) < blocks
+
+
+def scratch_init(model: ViT) -> None:
+    """Weights to train from scratch: N(0, 0.02) and zero biases, as in DeiT and timm."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+
+
+class LARS(torch.optim.Optimizer):
+    """Momentum SGD with layer-wise trust ratios (You et al., arXiv 1708.03888), for the linear probe.
+
+    For matrices g <- g * trust * |p| / |g|; vectors are not adapted. Then m <- momentum * m + g, p <- p - lr * m.
+    """
+
+    def __init__(self, parameters, lr: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, trust=trust, weight_decay=0.0))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                g = p.grad
+                if p.ndim > 1:
+                    g = g + group["weight_decay"] * p
+                    ratio = group["trust"] * p.norm() / g.norm()
+                    g = g * torch.where((p.norm() > 0) & (g.norm() > 0), ratio, torch.ones_like(ratio))
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.add_(m.mul_(group["momentum"]).add_(g), alpha=-group["lr"])
+
+
+def knn_accuracy(features: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int = 20,
+                 temperature: float = 0.07) -> Tensor:
+    """Number of queries whose class the k nearest entries of the bank vote for, each with weight exp(cosine / T).
+
+    features B D, labels B, bank M D, bank_labels M; the weights are those of Wu et al., arXiv 1805.01978.
+    """
+    similarity = F.normalize(features, dim=1) @ F.normalize(bank, dim=1).T              # B M
+    weight, nearest = similarity.topk(min(k, len(bank)), dim=1)                         # B k
+    votes = torch.zeros(len(features), classes, device=features.device)
+    votes.scatter_add_(1, bank_labels[nearest], (weight / temperature).exp())           # B K
+    return (votes.argmax(1) == labels).sum()
+
+
+# -------------------------------------------------------------------- the recipe
+
+# MAE-Lite's improved recipe (projects/eval_tools/finetuning_exp.py); layer decay 0.75 for small (SMALL.md).
+LIGHT = dict(
+    model="tiny", image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, optimizer="adamw", pool="mean",
+    epochs=300, warmup_epochs=5, batch_size=1024, micro_batch=256, blr=1e-3, min_lr=1e-6, weight_decay=0.05,
+    layer_decay=0.85, drop_path=0.0, clip_grad=0.0, smoothing=0.0, mixup=0.2, cutmix=0.0, erasing=0.0, randaugment=10.0,
+    crop_min=0.08, centre=0.875, eval_every=1)
+# MAE's (FINETUNE.md and the arguments of main_finetune.py).
+FULL = dict(LIGHT, model="base", epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0,
+            erasing=0.25, randaugment=9.0)
+# MAE's linear probe (main_linprobe.py): 16,384 images a batch, on fewer than eight GPUs as many as fit.
+PROBE = dict(LIGHT, optimizer="lars", pool="cls", epochs=90, warmup_epochs=10, batch_size=16384, micro_batch=2048, blr=0.1,
+             min_lr=0.0, weight_decay=0.0, layer_decay=1.0, mixup=0.0, randaugment=0.0)
+# For arXiv 2402.03752's small images. The paper's fine-tuning is not known to us: these are our choices.
+CIFAR = dict(
+    model="tiny", image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned",
+    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), optimizer="adamw", pool="mean",
+    epochs=200, warmup_epochs=10, batch_size=512, micro_batch=512, blr=1e-3, min_lr=1e-6, weight_decay=0.05,
+    layer_decay=0.75, drop_path=0.1, clip_grad=0.0, smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.0, randaugment=9.0,
+    crop_min=0.8, centre=1.0, eval_every=10)
+# Ours: few labels, seconds on two CPU cores.
+DEMO = dict(
+    model="demo", image_size=32, patch_size=4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), optimizer="adamw", pool="mean",
+    labels=500, epochs=30, warmup_epochs=2, batch_size=32, micro_batch=256, blr=8e-3, min_lr=1e-6, weight_decay=0.05,
+    layer_decay=0.75, drop_path=0.0, clip_grad=0.0, smoothing=0.1, mixup=0.0, cutmix=0.0, erasing=0.0, randaugment=0.0,
+    crop_min=0.6, centre=1.0, eval_every=10)
+RECIPES = {
+    "imagenet": LIGHT,
+    "imagenet-small": dict(LIGHT, model="small", layer_decay=0.75),
+    "imagenet-base": FULL,
+    "imagenet-large": dict(FULL, model="large", epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
+    "imagenet-huge": dict(FULL, model="huge", epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3),
+    # MAE-Lite's CIFAR-100 transfer (scripts/transfer.sh): SGD, learning rate 0.1 at 512, no regularisation at all.
+    "transfer": dict(LIGHT, optimizer="sgd", epochs=50, warmup_epochs=10, batch_size=512, blr=0.05, weight_decay=0.0,
+                     layer_decay=0.75, clip_grad=1.0, mixup=0.0, randaugment=0.0),
+    "cifar": CIFAR,
+    "demo": DEMO,
+    "imagenet-linear": PROBE,
+    # Ours, after MAE's.
+    "cifar-linear": dict(CIFAR, **{name: PROBE[name] for name in ("optimizer", "pool", "blr", "min_lr", "weight_decay",
+                         "layer_decay", "mixup", "cutmix", "randaugment")}, epochs=50, drop_path=0.0, smoothing=0.0),
+    "demo-linear": dict(DEMO, **{name: PROBE[name] for name in ("optimizer", "pool", "min_lr", "weight_decay",
+                        "layer_decay")}, blr=2.0, smoothing=0.0, batch_size=100),
+}
+OPTIONS = {
+    "method": {
+        "protocol": (str, "finetune, linear or knn [finetune]"),
+        "init": (str, "file of weights: encoder.pth of any of the scripts, or an official one; none: from scratch"),
+        "eval": (bool, "evaluate the classifier in --init, and nothing else"),
+        "labels": (int, "number of labelled training pictures, as many of each class; else all"),
+        "reuse": (int, "take only the first so many pre-trained blocks, the others start afresh"),
+        "pool": (str, "features: cls (class token) or mean (of the patches)"),
+        "eval_every": (int, "epochs between evaluations"),
+    },
+    "optimisation": {
+        "optimizer": (str, "adamw, sgd (Nesterov momentum 0.9) or lars"),
+        "layer_decay": (float, "factor of the learning rate from block to block downwards; from scratch always 1"),
+        "clip_grad": (float, "largest norm of the gradient; 0: any"),
+    },
+    "regularisation": {
+        "drop_path": (float, "rate of stochastic depth in the last block, growing from 0"),
+        "smoothing": (float, "of the labels"),
+        "mixup": (float, "alpha of MixUp; 0: none"),
+        "cutmix": (float, "alpha of CutMix; 0: none"),
+        "erasing": (float, "probability of random erasing"),
+        "randaugment": (float, "magnitude of timm's RandAugment, 0 to 10; 0: none"),
+        "crop_min": (float, "smallest share of a picture's area in a random crop"),
+        "centre": (float, "share of the shorter side that is seen in evaluation"),
+    },
+}
+
+
+def choose_recipe(args: argparse.Namespace, images: Images, weights: tuple[dict, dict] | None) -> str:
+    """The recipe for the data, the protocol and, where the picture is large, the size of the network."""
+    name = args.recipe or recipe_for(args, images)
+    if args.protocol == "linear" and f"{name}-linear" in RECIPES:
+        return f"{name}-linear"
+    if args.recipe is None and name == "imagenet":
+        width = weights[1]["width"] if weights else dict(small=384, base=768, large=1024, huge=1280).get(args.model)
+        return {384: "imagenet-small", 768: "imagenet-base", 1024: "imagenet-large", 1280: "imagenet-huge"}.get(width, name)
+    return name
+
+
+def make_optimizer(model: ViT, args: argparse.Namespace, lr: float) -> torch.optim.Optimizer:
+    groups = param_groups(model, args.weight_decay, ("cls_token", "pos_embed"), args.layer_decay)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=args.device == "cuda")
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True)
+    return LARS(groups, lr)
+
+
+# -------------------------------------------------------------------- the run
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv, __doc__, RECIPES, OPTIONS)
+    args.protocol = args.protocol or "finetune"
+    check(args)
+    world = start_processes(args)
+    weights = read_encoder(args.init, args.heads) if args.init else None
+    val = open_images(args, "val", labels=True)
+    if args.eval:
+        apply_recipe(args, choose_recipe(args, val, weights), RECIPES)
+        model = load_classifier(args, *weights, val).to(world.device)
+        normalize = normalizer(weights[1]["mean"], weights[1]["std"], world.device)
+        print_result(evaluate(model, val, View(model.image_size, centre=args.centre), normalize, args, world), world)
+        return
+    images = open_images(args, "train", labels=True)
+    recipe = choose_recipe(args, images, weights)
+    if weights is None and args.layer_decay is None:
+        args.layer_decay = 1.0  # there is nothing to protect in the lower layers
+    if weights:
+        agree(args, weights[1])
+        args.image_size = args.image_size or weights[1]["image_size"]
+        args.mean, args.std = weights[1]["mean"], weights[1]["std"]
+    apply_recipe(args, recipe, RECIPES)
+    if args.labels:
+        images = balanced(images, args.labels, args.seed)
+    model, fresh = build(args, weights, len(images.classes))
+    config = dict(model.config, mean=list(args.mean), std=list(args.std))
+    normalize = normalizer(args.mean, args.std, world.device)
+    view, centre = View(model.image_size, (args.crop_min, 1.0), randaugment=args.randaugment), View(model.image_size, centre=args.centre)
+    if args.protocol == "knn":
+        print_result(knn(model, images, val, centre, normalize, args, world), world)
+        return
+
+    out, checkpoint = open_run(args, world, "finetune")
+    wrapped = wrap(model, args, world)
+    parts, steps = parts_of_batch(args, world), len(images) // args.batch_size
+    if args.protocol == "linear" and parts > 1:
+        raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs the whole share of a process at once; lower it or "
+                         f"raise --micro-batch {args.micro_batch}")
+    last, lr = round(args.epochs * steps), args.blr * args.batch_size / 256
+    optimizer = make_optimizer(model, args, lr)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    first = restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    mix = mixing(args.mixup, args.cutmix, len(images.classes))
+    stream = batches(images, view, args, world, first, last)
+    log = Log(args, out, world, stream, steps, first, last)
+    if world.main:
+        print(f"{args.protocol}, recipe {recipe}: {len(images)} images of {len(images.classes)} classes, {last} steps of "
+              f"{args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}\n"
+              f"not pre-trained: {', '.join(fresh)}", file=sys.stderr)
+
+    def save(step: int) -> None:
+        save_checkpoint(out, "finetune", step, model, config, optimizer, scaler, args)
+        write_file(dict(model=model.state_dict(), config=config), out / "model.pth")
+
+    step, result, best = first, None, 0.0
+    for step in range(first + 1, last + 1):
+        set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
+        total = 0.0
+        for part in range(1, parts + 1):
+            pixels, index = next(stream)
+            labels = torch.from_numpy(images.labels[index]).to(world.device, non_blocking=True)
+            reseed(args.seed, step, world.rank, part)  # for mixing, erasing and stochastic depth
+            pixels = normalize(pixels)                                                  # B C h w
+            if args.erasing:
+                pixels = random_erasing(pixels, args.erasing)
+            if mix:
+                pixels, labels = mix(pixels, labels)                                    # labels become B K
+            with gradients_shared(wrapped, now=part == parts):
+                with autocast(args):
+                    logits = wrapped(pixels)                                            # B K
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing) / parts
+                scaler.scale(loss).backward()
+            total = total + loss.detach()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        if log.step(step, rate, loss=total):
+            break
+        if log.save_due():
+            save(step)
+        if step % (steps * args.eval_every) == 0 and step < last:
+            result = evaluate(model, val, centre, normalize, args, world)
+            best = max(best, result["top1"])
+            log.write(dict(step=step, **result, best_top1=best))
+    log.flush()
+    if world.main:
+        save(step)
+    log.close()
+    result = evaluate(model, val, centre, normalize, args, world)
+    log.write(dict(step=step, **result, best_top1=max(best, result["top1"])))
+    print_result(result, world)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError for options that exclude each other or have no such value."""
+    for name, values in (("protocol", ("finetune", "linear", "knn")), ("pool", (None, "cls", "mean")),
+                         ("optimizer", (None, "adamw", "sgd", "lars"))):
+        if getattr(args, name) not in values:
+            raise InputError(f"--{name} {getattr(args, name)}: expected one of {', '.join(filter(None, values))}")
+    if args.init is None and (args.eval or args.reuse is not None or args.protocol != "finetune"):
+        raise InputError("--eval, --reuse, --protocol linear and knn need --init, the file with the weights")
+
+
+def agree(args: argparse.Namespace, config: dict) -> None:
+    """Raises InputError if a flag asks for another network than the one in the file."""
+    for name in ("width", "depth", "heads", "mlp_ratio", "patch_size", "act", "qkv_bias"):
+        if getattr(args, name) not in (None, config[name]):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the network in --init has {config[name]}")
+
+
+def load_classifier(args: argparse.Namespace, state: dict, config: dict, images: Images) -> ViT:
+    """A classifier that this script wrote, or an official one. Raises InputError unless it knows the classes of the data."""
+    if config["classes"] != len(images.classes):
+        raise InputError(f"--init {args.init} knows {config['classes']} classes, --data {args.data} has {len(images.classes)}")
+    model = ViT(**{name: value for name, value in config.items() if name not in ("mean", "std")})
+    if "head.1.weight" in state:
+        model.head = probe_head(model.width, config["classes"])
+    load_encoder(model, state, config, fresh=())
+    return model
+
+
+@torch.no_grad()
+def features_of(model: ViT, images: Images, view: View, normalize, args: argparse.Namespace, world: World) -> tuple[Tensor, Tensor]:
+    """Features M D and labels M of this process's share of the pictures."""
+    features, labels = [], []
+    for pixels, index in in_order(images, view, args, world):
+        with autocast(args):
+            features.append(model.features(normalize(pixels)).float())
+        labels.append(torch.from_numpy(images.labels[index]).to(world.device))
+    return torch.cat(features), torch.cat(labels)
+
+
+def knn(model: ViT, images: Images, val: Images, view: View, normalize, args: argparse.Namespace, world: World) -> dict[str, float]:
+    """Accuracy in % on `val`, each picture counted once on any number of processes, with `images` as the bank."""
+    model.to(world.device).eval()
+    bank, bank_labels = (gathered(x, len(images), world) for x in features_of(model, images, view, normalize, args, world))
+    features, labels = features_of(model, val, view, normalize, args, world)
+    hits = sum(knn_accuracy(f, l, bank, bank_labels, len(images.classes))
+               for f, l in zip(features.split(256), labels.split(256), strict=True))
+    return dict(top1=100 * world.sum(hits.double()).item() / len(val), val_images=len(val))
+
+
+def gathered(share: Tensor, total: int, world: World) -> Tensor:
+    """The rows of all processes; shares differ by one row at the most, so one is added for the way."""
+    if world.size == 1:
+        return share
+    most = -(-total // world.size)
+    padded = torch.cat([share, share[:1].expand(most - len(share), *share.shape[1:])])
+    every = padded.new_empty(world.size, *padded.shape)
+    dist.all_gather_into_tensor(every, padded)
+    return every.transpose(0, 1).flatten(0, 1)[:total]                                  # back in the order of the pictures
+
+
+def print_result(result: dict[str, float], world: World) -> None:
+    if world.main:
+        print("  ".join(f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}" for name, value in result.items()))
+
+
+if __name__ == "__main__":
+    launch(main)
