@@ -1330,6 +1330,7 @@ class Log:
     def close(self) -> None:
         """After the last checkpoint. Ends the program with status 128 + signal if a signal ended the run."""
         self.bar.close()
+        self.stream.views.close()  # ends the worker processes
         if self.leave:
             number = self.signal or signal.SIGTERM
             if self.world.main:
