@@ -155,7 +155,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(position_table(positions, width, self.grid), positions == "learned")
         if isinstance(drop_path, (int, float)):
-            drop_path = torch.linspace(0, drop_path, depth).tolist()
+            drop_path = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             Block(width, (last_heads or heads) if i == depth - 1 else heads, mlp_ratio, act, qkv_bias, drop_path[i])
             for i in range(depth))
@@ -279,7 +279,8 @@ def load_file(path: str) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # whatever a torn, foreign or malicious file can raise
-        raise InputError(f"{path}: not a readable checkpoint ({str(error).strip().splitlines()[0][:120]})") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
 
 
 def read_encoder(path: str, heads: int | None = None) -> tuple[dict, dict]:
@@ -745,8 +746,8 @@ class Files(Images):
             try:
                 width, height = image.size
                 top, left, h, w = box_of(height, width)
-                # A JPEG can be decoded at 1/2, 1/4 or 1/8: enough where the crop keeps at least the size wanted.
-                image.draft("RGB", (math.ceil(width * size[1] / w), math.ceil(height * size[0] / h)))
+                # A large JPEG is decoded at 1/2, 1/4 or 1/8: where the crop keeps twice the size wanted, nobody can tell.
+                image.draft("RGB", (math.ceil(2 * width * size[1] / w), math.ceil(2 * height * size[0] / h)))
                 x, y = image.size[0] / width, image.size[1] / height
                 box = [round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)]
                 box[2:] = max(box[2], box[0] + 1), max(box[3], box[1] + 1)
@@ -852,9 +853,9 @@ def pack_if_small(files: Files, strict: bool, most_bytes: int = 2**31) -> Images
         except InputError:
             return None
     sizes = {size_of(i) for i in np.linspace(0, len(files) - 1, min(len(files), 64)).astype(int)} - {None}
-    if len(sizes) != 1 or max(*sizes) > (64, 64) or len(files) * 3 * math.prod(*sizes) > most_bytes:
+    width, height = next(iter(sizes), (65, 65))
+    if len(sizes) != 1 or max(width, height) > 64 or len(files) * 3 * width * height > most_bytes:
         return files
-    width, height = next(iter(sizes))
     pixels, good = torch.empty(len(files), 3, height, width, dtype=torch.uint8), []
     for i in tqdm(range(len(files)), desc="decoding small pictures", disable=not sys.stderr.isatty(), leave=False):
         try:
