@@ -1,39 +1,40 @@
 """Classification with a Vision Transformer: fine-tuning, linear probe, k-NN, training from scratch, evaluation.
 
     fine-tune   all weights learn; block i at lr * decay^(depth - i): low layers keep what pre-training taught them
-    linear      frozen encoder, y = W BatchNorm(features); W by LARS                            (MAE, appendix A.1)
-    knn         no training: a picture's class is voted by its nearest training pictures        (weights exp(cos / 0.07))
+    linear      frozen encoder, y = W BatchNorm(features); W by LARS (MAE's main_linprobe.py)
+    knn         no training: the 20 nearest training pictures vote, each with weight exp(cosine / 0.07)
 
 Fine-tuning recipes: MAE-Lite's for tiny and small (arXiv 2205.14443: the less regularisation, the better for a small
 network), MAE's for base, large and huge (arXiv 2111.06377, FINETUNE.md), transfer to small data sets (MAE-Lite),
-small images, and the demo. The accuracy after the last epoch is the result; the best one is only logged.
+small images, and the demo. The accuracy after the last epoch is the result; log.jsonl has the others.
 
 Run    python finetune.py --init runs/mae-demo/encoder.pth                  after python mae.py
        python finetune.py                                                   the same from scratch
        torchrun --nproc_per_node=8 finetune.py --data /imagenet --init runs/mae-imagenet/encoder.pth
        python finetune.py --data /imagenet --init encoder.pth --protocol linear        or: knn
        python finetune.py --data /imagenet --init runs/finetune-imagenet/model.pth --eval
-Use    from finetune import LARS, knn_accuracy                              copy this file and vit.py
+Use    from finetune import LARS, knn_hits                              copy this file and vit.py
 Letters in shape comments: B images, C channels, D width, K classes, M training pictures
 """
-import argparse
-import sys
+from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit import (IMAGENET_MEAN, IMAGENET_STD, Images, InputError, Log, View, ViT, World, apply_recipe, autocast, balanced,
-                 batches, cosine, evaluate, gradients_shared, in_order, launch, load_encoder, mixing, normalizer, open_images,
-                 open_run, param_groups, parse_args, parts_of_batch, random_erasing, read_encoder, recipe_for, reseed, restore,
-                 save_checkpoint, set_lr, start_processes, vit_options, wrap, write_file)
+from vit import (IMAGENET_MEAN, IMAGENET_STD, SIZES, Images, InputError, Log, View, ViT, World, apply_recipe, autocast,
+                 balanced, batches, cosine, evaluate, gradients_shared, in_order, launch, load_encoder, mixing,
+                 normalizer, open_images, open_run, param_groups, parse_args, parts_of_batch, random_erasing,
+                 read_encoder, recipe_for, reseed, restore, save_checkpoint, say, set_lr, start_processes, vit_options,
+                 wrap, write_file)
 
 # -------------------------------------------------------------------- the method
 
 
-def build(args: argparse.Namespace, weights: tuple[dict, dict] | None, classes: int) -> tuple[ViT, list[str]]:
-    """The classifier, and the names of its parameters that are not pre-trained (`weights` from `read_encoder`, or None)."""
+def build(args: Namespace, weights: tuple[dict, dict] | None, classes: int) -> tuple[ViT, list[str]]:
+    """The classifier, and the names of its parameters that start afresh. weights: from `read_encoder`, or None."""
     torch.manual_seed(args.seed)
     frozen = args.protocol != "finetune"
     if weights is None:
@@ -42,13 +43,14 @@ def build(args: argparse.Namespace, weights: tuple[dict, dict] | None, classes: 
         fresh = ["everything"]
     else:
         state, config = weights
-        state = {name: value for name, value in state.items() if not name.startswith("head.") and reused(name, args.reuse)}
+        state = {name: value for name, value in state.items()
+                 if not name.startswith("head.") and reused(name, args.reuse)}
         if frozen and args.pool == "mean" and "norm.weight" in state:  # nothing could train a fresh fc_norm
             state.update({f"fc_norm.{name}": state[f"norm.{name}"] for name in ("weight", "bias")})
         size = {name: value for name, value in config.items() if name not in ("mean", "std", "pool", "classes")}
         # TinyMIM gives the last block the teacher's heads in pre-training only (its models_vit.py).
         size["last_heads"] = config["last_heads"] if frozen else None
-        size["image_size"] = args.image_size or config["image_size"]
+        size["image_size"] = args.image_size
         model = ViT(**size, pool=args.pool, classes=classes, drop_path=args.drop_path)
         blocks = [f"blocks.{i}." for i in range(model.depth) if not reused(f"blocks.{i}.", args.reuse)]
         fresh = load_encoder(model, state, config, fresh=("head.", *blocks))
@@ -103,7 +105,7 @@ class LARS(torch.optim.Optimizer):
                 p.add_(m.mul_(group["momentum"]).add_(g), alpha=-group["lr"])
 
 
-def knn_accuracy(features: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int = 20,
+def knn_hits(features: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int = 20,
                  temperature: float = 0.07) -> Tensor:
     """Number of queries whose class the k nearest entries of the bank vote for, each with weight exp(cosine / T).
 
@@ -125,11 +127,11 @@ LIGHT = dict(
     layer_decay=0.85, drop_path=0.0, clip_grad=0.0, smoothing=0.0, mixup=0.2, cutmix=0.0, erasing=0.0, randaugment=10.0,
     crop_min=0.08, centre=0.875, eval_every=1)
 # MAE's (FINETUNE.md and the arguments of main_finetune.py).
-FULL = dict(LIGHT, model="base", epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1, smoothing=0.1, mixup=0.8, cutmix=1.0,
-            erasing=0.25, randaugment=9.0)
+FULL = dict(LIGHT, model="base", epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1, smoothing=0.1, mixup=0.8,
+            cutmix=1.0, erasing=0.25, randaugment=9.0)
 # MAE's linear probe (main_linprobe.py): 16,384 images a batch, on fewer than eight GPUs as many as fit.
-PROBE = dict(LIGHT, optimizer="lars", pool="cls", epochs=90, warmup_epochs=10, batch_size=16384, micro_batch=2048, blr=0.1,
-             min_lr=0.0, weight_decay=0.0, layer_decay=1.0, mixup=0.0, randaugment=0.0)
+PROBE = dict(LIGHT, optimizer="lars", pool="cls", epochs=90, warmup_epochs=10, batch_size=16384, micro_batch=2048,
+             blr=0.1, min_lr=0.0, weight_decay=0.0, layer_decay=1.0, mixup=0.0, randaugment=0.0)
 # For arXiv 2402.03752's small images. The paper's fine-tuning is not known to us: these are our choices.
 CIFAR = dict(
     model="tiny", image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned",
@@ -139,8 +141,9 @@ CIFAR = dict(
     crop_min=0.8, centre=1.0, eval_every=10)
 # Ours: few labels, seconds on two CPU cores.
 DEMO = dict(
-    model="demo", image_size=32, patch_size=4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), optimizer="adamw", pool="mean",
-    labels=500, epochs=30, warmup_epochs=2, batch_size=32, micro_batch=256, blr=8e-3, min_lr=1e-6, weight_decay=0.05,
+    model="demo", image_size=32, patch_size=4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), optimizer="adamw",
+    pool="mean", labels=500, epochs=30, warmup_epochs=2, batch_size=32, micro_batch=256, blr=8e-3, min_lr=1e-6,
+    weight_decay=0.05,
     layer_decay=0.75, drop_path=0.0, clip_grad=0.0, smoothing=0.1, mixup=0.0, cutmix=0.0, erasing=0.0, randaugment=0.0,
     crop_min=0.6, centre=1.0, eval_every=10)
 RECIPES = {
@@ -189,18 +192,19 @@ OPTIONS = {
 }
 
 
-def choose_recipe(args: argparse.Namespace, images: Images, weights: tuple[dict, dict] | None) -> str:
+def choose_recipe(args: Namespace, images: Images, weights: tuple[dict, dict] | None) -> str:
     """The recipe for the data, the protocol and, where the picture is large, the size of the network."""
     name = args.recipe or recipe_for(args, images)
     if args.protocol == "linear" and f"{name}-linear" in RECIPES:
         return f"{name}-linear"
     if args.recipe is None and name == "imagenet":
-        width = weights[1]["width"] if weights else dict(small=384, base=768, large=1024, huge=1280).get(args.model)
-        return {384: "imagenet-small", 768: "imagenet-base", 1024: "imagenet-large", 1280: "imagenet-huge"}.get(width, name)
+        width = weights[1]["width"] if weights else SIZES[args.model or "tiny"]["width"]
+        sizes = {SIZES[size]["width"]: f"imagenet-{size}" for size in ("small", "base", "large", "huge")}
+        return sizes.get(width, name)
     return name
 
 
-def make_optimizer(model: ViT, args: argparse.Namespace, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(model: ViT, args: Namespace, lr: float) -> torch.optim.Optimizer:
     groups = param_groups(model, args.weight_decay, ("cls_token", "pos_embed"), args.layer_decay)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=args.device == "cuda")
@@ -218,28 +222,29 @@ def main(argv: list[str] | None = None) -> None:
     check(args)
     world = start_processes(args)
     weights = read_encoder(args.init, args.heads) if args.init else None
+    if weights:
+        agree(args, weights[1])
+        args.image_size = args.image_size or weights[1]["image_size"]
+        args.mean, args.std = weights[1]["mean"], weights[1]["std"]
     val = open_images(args, "val", labels=True)
     if args.eval:
         apply_recipe(args, choose_recipe(args, val, weights), RECIPES)
         model = load_classifier(args, *weights, val).to(world.device)
-        normalize = normalizer(weights[1]["mean"], weights[1]["std"], world.device)
+        normalize = normalizer(args.mean, args.std, world.device)
         print_result(evaluate(model, val, View(model.image_size, centre=args.centre), normalize, args, world), world)
         return
     images = open_images(args, "train", labels=True)
     recipe = choose_recipe(args, images, weights)
     if weights is None and args.layer_decay is None:
         args.layer_decay = 1.0  # there is nothing to protect in the lower layers
-    if weights:
-        agree(args, weights[1])
-        args.image_size = args.image_size or weights[1]["image_size"]
-        args.mean, args.std = weights[1]["mean"], weights[1]["std"]
     apply_recipe(args, recipe, RECIPES)
     if args.labels:
         images = balanced(images, args.labels, args.seed)
     model, fresh = build(args, weights, len(images.classes))
     config = dict(model.config, mean=list(args.mean), std=list(args.std))
     normalize = normalizer(args.mean, args.std, world.device)
-    view, centre = View(model.image_size, (args.crop_min, 1.0), randaugment=args.randaugment), View(model.image_size, centre=args.centre)
+    view = View(model.image_size, (args.crop_min, 1.0), randaugment=args.randaugment)
+    centre = View(model.image_size, centre=args.centre)
     if args.protocol == "knn":
         print_result(knn(model, images, val, centre, normalize, args, world), world)
         return
@@ -248,8 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     wrapped = wrap(model, args, world)
     parts, steps = parts_of_batch(args, world), len(images) // args.batch_size
     if args.protocol == "linear" and parts > 1:
-        raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs the whole share of a process at once; lower it or "
-                         f"raise --micro-batch {args.micro_batch}")
+        raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs the whole share of a process at once; "
+                         f"lower it or raise --micro-batch {args.micro_batch}")
     last, lr = round(args.epochs * steps), args.blr * args.batch_size / 256
     optimizer = make_optimizer(model, args, lr)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
@@ -258,15 +263,15 @@ def main(argv: list[str] | None = None) -> None:
     stream = batches(images, view, args, world, first, last)
     log = Log(args, out, world, stream, steps, first, last)
     if world.main:
-        print(f"{args.protocol}, recipe {recipe}: {len(images)} images of {len(images.classes)} classes, {last} steps of "
-              f"{args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}\n"
-              f"not pre-trained: {', '.join(fresh)}", file=sys.stderr)
+        say(f"{args.protocol}, recipe {recipe}: {len(images)} images of {len(images.classes)} classes, {last} steps of"
+              f" {args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}\n"
+              f"not pre-trained: {', '.join(fresh)}")
 
     def save(step: int) -> None:
         save_checkpoint(out, "finetune", step, model, config, optimizer, scaler, args)
         write_file(dict(model=model.state_dict(), config=config), out / "model.pth")
 
-    step, result, best = first, None, 0.0
+    step = first
     for step in range(first + 1, last + 1):
         set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
         total = 0.0
@@ -297,19 +302,20 @@ def main(argv: list[str] | None = None) -> None:
         if log.save_due():
             save(step)
         if step % (steps * args.eval_every) == 0 and step < last:
-            result = evaluate(model, val, centre, normalize, args, world)
-            best = max(best, result["top1"])
-            log.write(dict(step=step, **result, best_top1=best))
+            log.flush()
+            if world.main:
+                save(step)  # an evaluation may take long, or meet a picture that cannot be read
+            log.write(dict(step=step, **evaluate(model, val, centre, normalize, args, world)))
     log.flush()
     if world.main:
         save(step)
     log.close()
     result = evaluate(model, val, centre, normalize, args, world)
-    log.write(dict(step=step, **result, best_top1=max(best, result["top1"])))
+    log.write(dict(step=step, **result))
     print_result(result, world)
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: Namespace) -> None:
     """Raises InputError for options that exclude each other or have no such value."""
     for name, values in (("protocol", ("finetune", "linear", "knn")), ("pool", (None, "cls", "mean")),
                          ("optimizer", (None, "adamw", "sgd", "lars"))):
@@ -319,18 +325,23 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--eval, --reuse, --protocol linear and knn need --init, the file with the weights")
 
 
-def agree(args: argparse.Namespace, config: dict) -> None:
+def agree(args: Namespace, config: dict) -> None:
     """Raises InputError if a flag asks for another network than the one in the file."""
+    if args.model is not None and SIZES[args.model]["width"] != config["width"]:
+        raise InputError(f"--model {args.model}: the network in --init is {config['width']} wide")
     for name in ("width", "depth", "heads", "mlp_ratio", "patch_size", "act", "qkv_bias"):
         if getattr(args, name) not in (None, config[name]):
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: the network in --init has {config[name]}")
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise InputError(f"{flag}: the network in --init has {config[name]}")
 
 
-def load_classifier(args: argparse.Namespace, state: dict, config: dict, images: Images) -> ViT:
-    """A classifier that this script wrote, or an official one. Raises InputError unless it knows the classes of the data."""
+def load_classifier(args: Namespace, state: dict, config: dict, images: Images) -> ViT:
+    """A classifier that this script wrote, or an official one. Raises InputError if its classes are not the data's."""
     if config["classes"] != len(images.classes):
-        raise InputError(f"--init {args.init} knows {config['classes']} classes, --data {args.data} has {len(images.classes)}")
-    model = ViT(**{name: value for name, value in config.items() if name not in ("mean", "std")})
+        raise InputError(f"--init {args.init} knows {config['classes']} classes, --data {args.data} has "
+                         f"{len(images.classes)}")
+    size = {name: value for name, value in config.items() if name not in ("mean", "std")}
+    model = ViT(**{**size, "image_size": args.image_size})
     if "head.1.weight" in state:
         model.head = probe_head(model.width, config["classes"])
     load_encoder(model, state, config, fresh=())
@@ -338,9 +349,11 @@ def load_classifier(args: argparse.Namespace, state: dict, config: dict, images:
 
 
 @torch.no_grad()
-def features_of(model: ViT, images: Images, view: View, normalize, args: argparse.Namespace, world: World) -> tuple[Tensor, Tensor]:
+def features_of(model: ViT, images: Images, view: View, normalize: Callable, args: Namespace,
+                world: World) -> tuple[Tensor, Tensor]:
     """Features M D and labels M of this process's share of the pictures."""
-    features, labels = [], []
+    features = [torch.empty(0, model.width, device=world.device)]
+    labels = [torch.empty(0, dtype=torch.int64, device=world.device)]  # a share may be empty
     for pixels, index in in_order(images, view, args, world):
         with autocast(args):
             features.append(model.features(normalize(pixels)).float())
@@ -348,12 +361,14 @@ def features_of(model: ViT, images: Images, view: View, normalize, args: argpars
     return torch.cat(features), torch.cat(labels)
 
 
-def knn(model: ViT, images: Images, val: Images, view: View, normalize, args: argparse.Namespace, world: World) -> dict[str, float]:
+def knn(model: ViT, images: Images, val: Images, view: View, normalize: Callable, args: Namespace,
+        world: World) -> dict[str, float]:
     """Accuracy in % on `val`, each picture counted once on any number of processes, with `images` as the bank."""
     model.to(world.device).eval()
-    bank, bank_labels = (gathered(x, len(images), world) for x in features_of(model, images, view, normalize, args, world))
+    shares = features_of(model, images, view, normalize, args, world)
+    bank, bank_labels = (gathered(share, len(images), world) for share in shares)
     features, labels = features_of(model, val, view, normalize, args, world)
-    hits = sum(knn_accuracy(f, l, bank, bank_labels, len(images.classes))
+    hits = sum(knn_hits(f, l, bank, bank_labels, len(images.classes))
                for f, l in zip(features.split(256), labels.split(256), strict=True))
     return dict(top1=100 * world.sum(hits.double()).item() / len(val), val_images=len(val))
 
@@ -363,15 +378,16 @@ def gathered(share: Tensor, total: int, world: World) -> Tensor:
     if world.size == 1:
         return share
     most = -(-total // world.size)
-    padded = torch.cat([share, share[:1].expand(most - len(share), *share.shape[1:])])
-    every = padded.new_empty(world.size, *padded.shape)
+    padded = torch.cat([share, share.new_zeros(most - len(share), *share.shape[1:])])
+    every = padded.new_empty(world.size * most, *padded.shape[1:])
     dist.all_gather_into_tensor(every, padded)
-    return every.transpose(0, 1).flatten(0, 1)[:total]                                  # back in the order of the pictures
+    return every.unflatten(0, (world.size, most)).transpose(0, 1).flatten(0, 1)[:total]  # in the order of the pictures
 
 
 def print_result(result: dict[str, float], world: World) -> None:
     if world.main:
-        print("  ".join(f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}" for name, value in result.items()))
+        print("  ".join(f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}"
+                        for name, value in result.items()))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ He et al., arXiv 2111.06377; for ViT-Tiny with the recipe of MAE-Lite, Wang et a
     y    = decoder([z in its places, mask token elsewhere])
     loss = mean over the hidden patches of |y - pixels|^2, pixels normalised within each patch
 
-With --teacher, D-MAE (MAE-Lite, sec. 5): the scores q k^T of the last block imitate those of a larger MAE.
+With --teacher, D-MAE (MAE-Lite): the raw scores q k^T of the last block imitate those of a larger MAE.
 With --recipe cifar, the small-image variant of Tan, arXiv 2402.03752: visible patches count a little, too.
 
 Run    python mae.py                                          generated shapes, two minutes on a laptop
@@ -18,19 +18,21 @@ Use    from mae import MaskedAutoencoder                      copy this file and
 Letters in shape comments: B images, C channels, p patch side, N patches, n kept patches, L = 1 + n tokens,
        D encoder width, E decoder width, H heads
 """
-import argparse
-import sys
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from vit import (IMAGENET_MEAN, IMAGENET_STD, MASKS, Block, Images, InputError, Log, View, ViT, World, apply_recipe, autocast,
-                 batches, cosine, gradients_shared, in_order, init_linear, launch, layer_norm, load_encoder, normalizer,
-                 open_images, open_run, param_groups, parse_args, parts_of_batch, position_table, read_encoder, recipe_for, relation,
-                 restore, save_checkpoint, set_lr, start_processes, take, uniform, vit_options, wrap, write_file)
+from vit import (IMAGENET_MEAN, IMAGENET_STD, MASKS, Block, Images, InputError, Log, View, ViT, World,
+                 apply_recipe, autocast, batches, cosine, gradients_shared, in_order, init_linear, launch,
+                 layer_norm, load_encoder, normalizer, open_images, open_run, param_groups, parse_args,
+                 parts_of_batch, position_table, read_encoder, recipe_for, relation, restore, save_checkpoint,
+                 say, set_lr, start_processes, take, uniform, vit_options, wrap, write_file)
 
 # -------------------------------------------------------------------- the method
 
@@ -86,7 +88,7 @@ def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 class MaskedAutoencoder(MaskedViT):
     """MAE: a MaskedViT whose decoder paints pixels.
 
-    norm_pix        compare with pixels normalised within each patch ("normalized pixels" in sec. 3)
+    norm_pix        compare with pixels normalised within each patch
     visible_weight  weight of the mean error on visible patches (alpha of arXiv 2402.03752); 0: plain MAE
     """
 
@@ -149,7 +151,7 @@ def unpatchify(patches: Tensor, p: int, grid: tuple[int, int]) -> Tensor:
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each patch over its pixels and channels together, B N 1; the variance is the unbiased one."""
+    """Mean and deviation of each patch over pixels and channels together, B N 1; the variance is the unbiased one."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
@@ -176,7 +178,8 @@ class DistilledMAE(MaskedAutoencoder):
         scores, x = attention_scores(self.encoder, images, keep, self.layers)
         for block in self.encoder.blocks[max(self.layers) - 1:]:
             x = block(x)
-        reconstruction = self.reconstruction_loss(images, self.predict(self.encoder.norm(x), restore), restore >= self.keep)
+        prediction = self.predict(self.encoder.norm(x), restore)
+        reconstruction = self.reconstruction_loss(images, prediction, restore >= self.keep)
         with torch.autocast(images.device.type, enabled=False):
             attention = sum(F.mse_loss(adapter(student), teacher)
                             for adapter, student, teacher in zip(self.adapters, scores, teacher_scores, strict=True))
@@ -198,7 +201,7 @@ def attention_scores(vit: ViT, images: Tensor, keep: Tensor, layers: list[int]) 
 # -------------------------------------------------------------------- the recipe
 
 RECIPES = {
-    # MAE-Lite's ViT-Tiny (projects/mae_lite/mae_lite_exp.py). Its crops are bilinear or bicubic by chance, ours bicubic.
+    # MAE-Lite's ViT-Tiny (projects/mae_lite/mae_lite_exp.py), but for its crops: bilinear or bicubic by chance.
     "imagenet": dict(
         model="tiny", image_size=224, mask_ratio=0.75, norm_pix=True, visible_weight=0.0, crop_min=0.08,
         mean=IMAGENET_MEAN, std=IMAGENET_STD,
@@ -227,7 +230,8 @@ OPTIONS = {
         "mask_ratio": (float, "share of the patches that is hidden"),
         "norm_pix": (bool, "compare with pixels normalised within each patch"),
         "visible_weight": (float, "weight of the error on visible patches"),
-        "decoder": (str, "WIDTHxBLOCKSxHEADS of the decoder, else by --model: tiny 96x1x3, small 192x1x6, base and up 512x8x16"),
+        "decoder": (str, "WIDTHxBLOCKSxHEADS of the decoder; else by --model: tiny 96x1x3, small 192x1x6, base and "
+                         "larger 512x8x16"),
         "crop_min": (float, "smallest share of a picture's area in a random crop"),
     },
     "distillation (D-MAE)": {
@@ -239,7 +243,7 @@ OPTIONS = {
 }
 
 
-def build(args: argparse.Namespace, teacher: ViT | None) -> MaskedAutoencoder:
+def build(args: Namespace, teacher: ViT | None) -> MaskedAutoencoder:
     """The model that the arguments describe, with weights drawn from --seed."""
     torch.manual_seed(args.seed)
     encoder = ViT(**vit_options(args))
@@ -259,7 +263,7 @@ def build(args: argparse.Namespace, teacher: ViT | None) -> MaskedAutoencoder:
     return DistilledMAE(encoder, decoder, teacher_heads=heads, layers=layers, weight=args.distill_weight, **options)
 
 
-def distilled_layers(args: argparse.Namespace, encoder: ViT) -> list[int]:
+def distilled_layers(args: Namespace, encoder: ViT) -> list[int]:
     try:
         layers = [int(number) for number in args.distill_layers.split(",")] if args.distill_layers else [encoder.depth]
     except ValueError:
@@ -269,11 +273,11 @@ def distilled_layers(args: argparse.Namespace, encoder: ViT) -> list[int]:
     return layers
 
 
-def load_teacher(args: argparse.Namespace, device: torch.device) -> ViT | None:
+def load_teacher(args: Namespace, device: torch.device) -> ViT | None:
     """The frozen teacher; it stays outside of the model, so neither optimizer nor checkpoint ever meets it."""
     if args.teacher is None:
         return None
-    state, config = read_encoder(args.teacher, args.teacher_heads)
+    state, config = read_encoder(args.teacher, args.teacher_heads, "--teacher-heads")
     size = {name: value for name, value in config.items() if name not in ("mean", "std", "pool", "classes")}
     teacher = ViT(**{**size, "image_size": args.image_size})
     load_encoder(teacher, state, config, fresh=("norm.",))  # scores are taken before the final norm
@@ -305,8 +309,8 @@ def main(argv: list[str] | None = None) -> None:
     stream = batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
     log = Log(args, out, world, stream, steps, first, last)
     if world.main:
-        print(f"MAE, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, learning rate {lr:.3g}, "
-              f"{args.precision} on {world.size} x {args.device} -> {out}", file=sys.stderr)
+        say(f"{'D-MAE' if teacher else 'MAE'}, recipe {args.recipe}: {len(images)} images, {last} steps of "
+              f"{args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}")
 
     def save(step: int) -> None:
         save_checkpoint(out, "mae", step, model, config, optimizer, scaler, args)
@@ -335,15 +339,17 @@ def main(argv: list[str] | None = None) -> None:
         if log.save_due():
             save(step)
         if world.main and step % max(1, last // 10) == 0:
-            log.write(dict(step=step, **draw(model, images, normalize, args, world, out / f"pictures/{step:07d}.png")))
+            score = draw(model, images, normalize, args, world, out / f"pictures/{step:07d}.png")
+            log.write(dict(step=step, **score))
     log.flush()
     if world.main:
         save(step)
     log.close()
     if world.main:
         score = draw(model, images, normalize, args, world, out / "reconstruction.png")
-        print(f"masked error {score['masked_mse']:.4f}, patch means alone {score['patch_means_mse']:.4f}: {out}/reconstruction.png\n"
-              f"next:  python finetune.py --data {args.data} --init {out}/encoder.pth", file=sys.stderr)
+        free = "patch means" if args.norm_pix else "the mean of the visible patches"
+        say(f"squared error on hidden pixels {score['masked_mse']:.4f}, of {free} alone {score['baseline_mse']:.4f}: "
+              f"{out}/reconstruction.png\nnext:  python finetune.py --data {args.data} --init {out}/encoder.pth")
 
 
 @torch.no_grad()
@@ -352,26 +358,33 @@ def teacher_scores(model: DistilledMAE, teacher: ViT, pixels: Tensor, noise: Ten
     return attention_scores(teacher, pixels, keep, model.layers)[0]
 
 
-def draw(model: MaskedAutoencoder, images: Images, normalize, args: argparse.Namespace, world: World, path: Path) -> dict[str, float]:
-    """Writes rows of picture | masked | reconstruction | reconstruction with the visible patches pasted in, and measures
-    the squared error on the hidden pixels (0..1) of 64 pictures, beside that of painting each patch in its true mean."""
-    one, size = World(0, 1, world.device), model.encoder.image_size
-    index = torch.linspace(0, len(images) - 1, 64).long().numpy()
-    pixels = torch.cat([x for x, _ in in_order(images.subset(index), View(size), args, one)])
+def draw(model: MaskedAutoencoder, images: Images, normalize: Callable, args: Namespace, world: World,
+         path: Path) -> dict[str, float]:
+    """Writes rows of picture | masked | reconstruction | the same with the visible patches, and measures the squared
+    error on the hidden pixels (0..1) of 64 pictures. The baseline paints what a network gets for free: with norm_pix
+    the true mean of each hidden patch, else the mean of the picture's visible patches."""
+    alone, size, p = World(0, 1, world.device), model.encoder.image_size, model.encoder.patch_size
+    some = images.subset(np.linspace(0, len(images) - 1, 64).astype(int))
+    pixels = torch.cat([pixels for pixels, _ in in_order(some, View(size), args, alone, strict=False)])       # B C h w
     noise = uniform((len(pixels), model.encoder.grid[0] * model.encoder.grid[1]), args.seed, MASKS, 0)
     with autocast(args):
         painted, hidden = model.reconstruct(normalize(pixels), torch.from_numpy(noise).to(world.device))
     mean, std = (torch.tensor(value, device=world.device).view(-1, 1, 1) for value in (args.mean, args.std))
-    painted = (painted * std + mean).clamp(0, 1)
-    p = model.encoder.patch_size
-    patches = patchify(pixels, p)
-    means = unpatchify(patch_statistics(patches)[0].expand_as(patches), p, model.encoder.grid)
-    error = {name: ((x - pixels).square() * hidden).sum().item() / (hidden.sum().item() * pixels.shape[1])
-             for name, x in (("masked_mse", painted), ("patch_means_mse", means))}
-    rows = torch.stack([pixels, pixels * (1 - hidden) + 0.5 * hidden, painted, pixels * (1 - hidden) + painted * hidden], 1)
-    path.parent.mkdir(exist_ok=True)
-    save_image(make_grid(rows[:8].flatten(0, 1), nrow=8, padding=2, pad_value=1.0), path)
-    return error
+    painted, visible = (painted * std + mean).clamp(0, 1), 1 - hidden
+    if args.norm_pix:
+        patches = patchify(pixels, p)
+        baseline = unpatchify(patch_statistics(patches)[0].expand_as(patches), p, model.encoder.grid)
+    else:
+        baseline = (pixels * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
+    rows = torch.stack([pixels, pixels * visible + 0.5 * hidden, painted, pixels * visible + painted * hidden], dim=1)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_image(make_grid(rows[:8].flatten(0, 1), nrow=8, padding=2, pad_value=1.0), path)
+    except OSError as error:  # no reason to end a training
+        say(f"warning: {path} cannot be written: {error}")
+    values = hidden.sum().item() * pixels.shape[1]
+    return dict(masked_mse=((painted - pixels).square() * hidden).sum().item() / values,
+                baseline_mse=((baseline - pixels).square() * hidden).sum().item() / values)
 
 
 if __name__ == "__main__":

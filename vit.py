@@ -11,10 +11,11 @@ It knows nothing of any method, and part 1 knows nothing of it: cut the file the
 
 Use    from vit import ViT, SIZES; model = ViT(**SIZES["tiny"], image_size=224, classes=1000)
 Names of parameters are timm's, so files go both ways.
-Letters in shape comments: B images, C channels, N patches, n kept patches, L = 1 + N tokens, D width, H heads, d = D / H.
+Letters in shape comments: B images, C channels, N patches, n kept patches, L = 1 + N tokens, D width, H heads,
+       d = D / H, h and w height and width in pixels
 """
-import argparse
 import math
+from argparse import Namespace
 
 import torch
 import torch.nn.functional as F
@@ -205,7 +206,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def init_linear(module: nn.Module) -> None:
-    """For `apply`: Xavier-uniform weights, zero biases. q, k and v count as one matrix (MAE's code; MoCo v3 differs)."""
+    """For `apply`: Xavier-uniform weights, zero biases. q, k and v count as one matrix (MAE's code, not MoCo v3's)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -266,7 +267,8 @@ def layer_of(name: str, depth: int) -> int:
 
 
 # What the files of the field hold beside the encoder: decoders, projectors, distillation heads.
-NOT_ENCODER = ("mask_token", "decoder_", "head.", "decoderfeature_pred.", "encoderfeature_pred.", "dist_token", "head_dist.")
+NOT_ENCODER = ("mask_token", "decoder_", "head.", "decoderfeature_pred.", "encoderfeature_pred.", "dist_token",
+               "head_dist.")
 # Encoders in a file that are not the one to use: MoCo v3's momentum copy, the teacher in MAE-Lite's D-MAE files.
 NOT_WANTED = ("momentum_encoder.", "tch_model.")
 
@@ -274,7 +276,7 @@ NOT_WANTED = ("momentum_encoder.", "tch_model.")
 def load_file(path: str) -> dict:
     """A file of `torch.save` with nothing but tensors and plain types in it. Raises InputError if it is none."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # official files carry their arguments as one
+        with torch.serialization.safe_globals([Namespace]):  # official files carry their arguments as one
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -283,11 +285,12 @@ def load_file(path: str) -> dict:
         raise InputError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
 
 
-def read_encoder(path: str, heads: int | None = None) -> tuple[dict, dict]:
+def read_encoder(path: str, heads: int | None = None, flag: str = "--heads") -> tuple[dict, dict]:
     """(state dict in the names of ViT, config) of the one encoder in a file: ours, MAE, MAE-Lite, DeiT, MoCo v3,
     TinyMIM, G2SD or timm. Prefixes such as `module.`, `encoder.` or `base_encoder.` are taken off.
 
-    heads   for files without a config of ours: weights do not show how many heads they were trained with.
+    heads   for files without a config of ours: weights do not show how many heads they were trained with
+    flag    the option that gives `heads`, for messages
     Raises InputError if there is no encoder, more than one, or if `heads` contradicts the file or is missing.
     """
     file = load_file(path)
@@ -299,24 +302,24 @@ def read_encoder(path: str, heads: int | None = None) -> tuple[dict, dict]:
         raise InputError(f"{path}: expected one Vision Transformer, found {len(prefixes)} (looked for `cls_token`; "
                          f"the first names are {names[:3]})")
     state = {name.removeprefix(prefixes[0]): state[name] for name in names if name.startswith(prefixes[0])}
-    if "config" in file:
-        config = dict(file["config"])
-        if heads not in (None, config["heads"]):
-            raise InputError(f"--heads {heads}: {path} was trained with {config['heads']} heads")
-        return state, config
-    return state, guess_config(state, heads, path)
+    config = file.get("config")
+    if not isinstance(config, dict) or "heads" not in config:
+        return state, guess_config(state, heads, path, flag)
+    if heads not in (None, config["heads"]):
+        raise InputError(f"{flag} {heads}: {path} was trained with {config['heads']} heads")
+    return state, dict(config)
 
 
-def guess_config(state: dict, heads: int | None, path: str) -> dict:
+def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
     """The config of an encoder of which only the weights are known, its picture taken to be square."""
     try:
         width, channels, patch_size = state["patch_embed.proj.weight"].shape[:3]
         side = math.isqrt(state["pos_embed"].shape[1] - 1)
         hidden = len(state["blocks.0.mlp.fc1.weight"])
-    except KeyError as missing:
-        raise InputError(f"{path}: no {missing} beside `cls_token`, so this is no plain Vision Transformer") from None
+    except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not the weights of a plain Vision Transformer ({error})") from None
     if heads is None and width not in (768, 1024, 1280):
-        raise InputError(f"{path} does not say how many heads its {width}-wide network has; give --heads "
+        raise InputError(f"{path} does not say how many heads its {width}-wide network has; give {flag} "
                          "(width 192: 12 in MAE-Lite and MoCo v3, 3 in DeiT; width 384: 12 there, 6 in DeiT and G2SD)")
     return dict(image_size=[side * patch_size] * 2, patch_size=patch_size, channels=channels, width=width,
                 depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
@@ -362,6 +365,7 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
 # -------------------------------------------------------------------- part 2: the training kit
 # Processes, images, schedule, checkpoints, log. All chance is a function of (seed, step) for the whole batch, of
 # which every process takes its rows: so a resumed run repeats an unbroken one, and 1 or 8 processes train alike.
+import argparse  # noqa: E402
 import json  # noqa: E402  (part 1 must stand alone, so this part brings its own imports)
 import os  # noqa: E402
 import signal  # noqa: E402
@@ -410,7 +414,18 @@ COMMON_OPTIONS = {
 }
 
 
-def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], options: dict[str, dict]) -> argparse.Namespace:
+SHARE, COUNT, NOT_NEGATIVE = (0, 1), (1, 2**62), (0, 2**62)
+RANGES = {  # of options, whichever script has them
+    **dict.fromkeys(("crop_min", "mask_ratio", "drop_path", "smoothing", "erasing"), SHARE),
+    **dict.fromkeys(("batch_size", "micro_batch", "width", "depth", "heads", "image_size", "patch_size", "log_every",
+                     "labels", "eval_every"), COUNT),
+    **dict.fromkeys(("seed", "epochs", "warmup_epochs", "min_lr", "weight_decay", "workers", "save_minutes", "mixup",
+                     "cutmix", "clip_grad", "reuse", "blr"), NOT_NEGATIVE),
+    "randaugment": (0, 10), "centre": (0.01, 1),
+}
+
+
+def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], options: dict[str, dict]) -> Namespace:
     """The command line of a script: its own `options` {group: {name: (type, meaning)}}, the common ones, the run's.
 
     What a recipe decides is None until `apply_recipe`; `--help` shows the value of every recipe.
@@ -421,15 +436,19 @@ def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], opt
     for title in dict.fromkeys([*options, *COMMON_OPTIONS]):
         group = parser.add_argument_group(title)
         for name, (kind, meaning) in {**COMMON_OPTIONS.get(title, {}), **options.get(title, {})}.items():
-            given = {str(values[name]): None for values in recipes.values() if values.get(name) is not None}
-            shown = "; ".join(f"{value}: {', '.join(r for r in recipes if str(recipes[r].get(name)) == value)}" for value in given)
-            action = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
-            group.add_argument("--" + name.replace("_", "-"), help=meaning + (f" [{shown}]" if shown else ""), **action)
+            by_value: dict[str, list[str]] = {}
+            for recipe in (recipe for recipe in recipes if recipes[recipe].get(name) is not None):
+                by_value.setdefault(str(recipes[recipe][name]), []).append(recipe)
+            shown = "; ".join(f"{value}: {', '.join(names)}" for value, names in by_value.items())
+            how = dict(type=kind, metavar=kind.__name__)
+            if kind is bool:
+                how = dict(action=argparse.BooleanOptionalAction)
+            group.add_argument("--" + name.replace("_", "-"), help=meaning + (f" [{shown}]" if shown else ""), **how)
     run = parser.add_argument_group("data and run")
     run.add_argument("--data", default="shapes", help="folder of images (train/ and val/ inside; class folders in "
                      "them where labels are needed), a name of torchvision ("
                      + ", ".join(TORCHVISION) + "), or shapes: generated pictures [%(default)s]")
-    run.add_argument("--data-root", default="data", help="folder in which torchvision keeps its data sets [%(default)s]")
+    run.add_argument("--data-root", default="data", help="where torchvision keeps its data sets [%(default)s]")
     run.add_argument("--download", action="store_true", help="let torchvision download the data set")
     run.add_argument("--recipe", choices=recipes, help="table of defaults [cifar for CIFAR and pictures up to "
                      "64 pixels, demo for shapes, else imagenet]")
@@ -437,31 +456,33 @@ def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], opt
     run.add_argument("--resume", nargs="?", const="", metavar="PATH", help="continue the run in --out, or that in PATH "
                      "(a folder or its last.pth)")
     run.add_argument("--seed", type=int, default=0, help="of all chance in the run [%(default)s]")
-    run.add_argument("--workers", type=int, help="processes that decode images, for each training process [its share of the cores]")
-    run.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"], help="[%(default)s: cuda if there is one]")
+    run.add_argument("--workers", type=int, help="processes that decode images, for each training process "
+                     "[its share of the cores]")
+    run.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"],
+                     help="[%(default)s: cuda if there is one]")
     run.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
                      help="of matrix products [%(default)s: on a GPU bf16 if it can, else fp16; on a CPU fp32]")
     run.add_argument("--compile", action="store_true", help="compile the model: a minute's wait, then faster steps")
     run.add_argument("--save-minutes", type=float, default=10, help="minutes between checkpoints [%(default)s]")
     run.add_argument("--log-every", type=int, default=50, help="steps between records in log.jsonl [%(default)s]")
     args = parser.parse_args(argv)
-    for name in ("seed", "epochs", "warmup_epochs", "blr", "min_lr", "weight_decay", "workers", "save_minutes"):
-        if (getattr(args, name) or 0) < 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is negative")
-    for name in ("batch_size", "micro_batch", "log_every", "width", "depth", "heads", "image_size", "patch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is below 1")
+    for name, value in vars(args).items():
+        low, high = RANGES.get(name, (-math.inf, math.inf))
+        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+            parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     if args.model not in (None, *SIZES):
         parser.error(f"--model {args.model} is unknown; there are {', '.join(SIZES)}")
     return args
 
 
-def recipe_for(args: argparse.Namespace, images: "Images") -> str:
+def recipe_for(args: Namespace, images: "Images") -> str:
     """The recipe that fits the data: demo for the shapes, cifar for pictures up to 64 pixels, else imagenet."""
-    return "demo" if args.data == "shapes" else "cifar" if images.side is not None and images.side <= 64 else "imagenet"
+    if args.data == "shapes":
+        return "demo"
+    return "cifar" if images.side is not None and images.side <= 64 else "imagenet"
 
 
-def apply_recipe(args: argparse.Namespace, name: str, recipes: dict[str, dict]) -> None:
+def apply_recipe(args: Namespace, name: str, recipes: dict[str, dict]) -> None:
     """Gives every option that was not on the command line its value in the recipe; args.recipe becomes its name."""
     args.recipe = name
     for option, value in recipes[name].items():
@@ -469,7 +490,7 @@ def apply_recipe(args: argparse.Namespace, name: str, recipes: dict[str, dict]) 
             setattr(args, option, value)
 
 
-def vit_options(args: argparse.Namespace) -> dict:
+def vit_options(args: Namespace) -> dict:
     """Arguments of ViT from --model and the flags that change a part of it."""
     given = {name: getattr(args, name) for name in COMMON_OPTIONS["model"] if name != "model"}
     return {**SIZES[args.model], **{name: value for name, value in given.items() if value is not None}}
@@ -499,7 +520,7 @@ class World:
         return values
 
 
-def start_processes(args: argparse.Namespace) -> World:
+def start_processes(args: Namespace) -> World:
     """Joins the processes that torchrun started, or is alone; sets args.device, args.precision and args.workers.
     Raises InputError for a device that is not there or an environment that torchrun did not make."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -532,7 +553,7 @@ def start_processes(args: argparse.Namespace) -> World:
     return World(0, 1, device)
 
 
-def parts_of_batch(args: argparse.Namespace, world: World) -> int:
+def parts_of_batch(args: Namespace, world: World) -> int:
     """Into how many parts a process cuts its share of a batch. Raises InputError if that leaves a remainder."""
     share, rest = divmod(args.batch_size, world.size)
     parts = math.ceil(share / args.micro_batch)
@@ -542,17 +563,18 @@ def parts_of_batch(args: argparse.Namespace, world: World) -> int:
     return parts
 
 
-def wrap(model: nn.Module, args: argparse.Namespace, world: World) -> nn.Module:
+def wrap(model: nn.Module, args: Namespace, world: World) -> nn.Module:
     """What to call in training: `model`, moved to the device, compiled if asked, its gradients shared by processes.
     Parameters and checkpoints are those of `model` itself."""
     model.to(world.device)
     wrapped = torch.compile(model) if args.compile else model
     if dist.is_initialized():
-        return nn.parallel.DistributedDataParallel(wrapped, [world.device.index] if world.device.type == "cuda" else None)
+        devices = [world.device.index] if world.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(wrapped, devices)
     return wrapped
 
 
-def autocast(args: argparse.Namespace) -> torch.autocast:
+def autocast(args: Namespace) -> torch.autocast:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     return torch.autocast(args.device, dtype, enabled=dtype is not None)
 
@@ -562,14 +584,28 @@ def gradients_shared(wrapped: nn.Module, now: bool):
     return nullcontext() if now or not dist.is_initialized() else wrapped.no_sync()
 
 
+def say(text: str) -> None:
+    """To stderr, if anyone still reads it: a closed pipe must not end a training."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
 def launch(main: Callable[[], None]) -> None:
     """Runs a script. What its user can mend is one line on stderr and exit status 2, instead of a traceback."""
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # what all processes meet is told by the first; torchrun ends the others meanwhile
+        say(f"{Path(sys.argv[0]).name}: {error}")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the result went to a program that has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -599,7 +635,7 @@ def cosine(epoch: float, peak: float, low: float, warmup: float, epochs: float) 
 
 
 def reseed(seed: int, *place: int) -> None:
-    """Seeds torch's own generators, which stochastic depth and mixing use, for one place in a run (step, rank, part)."""
+    """Seeds torch's own generators, which stochastic depth and mixing use, for one place in a run: step, rank, part."""
     torch.manual_seed(int(np.random.default_rng([seed, LAYERS, *place]).integers(2**63)))
 
 
@@ -611,6 +647,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 # ---- images in
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on broken files
 # name: (class in torchvision.datasets, options for pre-training, for labelled training, for evaluation)
 TORCHVISION = {
     "cifar10": ("CIFAR10", [dict(train=True)], [dict(train=True)], [dict(train=False)]),
@@ -695,7 +732,8 @@ class Packed(Images):
         return len(self.pixels)
 
     def subset(self, index: np.ndarray) -> "Packed":
-        return Packed(self.pixels[torch.from_numpy(index)], None if self.labels is None else self.labels[index], self.classes)
+        labels = None if self.labels is None else self.labels[index]
+        return Packed(self.pixels[torch.from_numpy(index)], labels, self.classes)
 
     def cut(self, i, box_of, size):
         top, left, h, w = box_of(*self.pixels.shape[2:]).round().astype(int)
@@ -729,7 +767,8 @@ class Files(Images):
         return len(self.names)
 
     def subset(self, index: np.ndarray) -> "Files":
-        return Files(self.root, self.names[index], None if self.labels is None else self.labels[index], self.classes)
+        labels = None if self.labels is None else self.labels[index]
+        return Files(self.root, self.names[index], labels, self.classes)
 
     def path(self, i: int) -> str:
         return os.path.join(self.root, os.fsdecode(bytes(self.names[i])))
@@ -738,7 +777,7 @@ class Files(Images):
         """Picture i, not yet decoded. Raises InputError, with its path, if it is none."""
         try:
             return Image.open(self.path(i))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise InputError(f"{self.path(i)}: cannot be read ({error})") from None
 
     def cut(self, i, box_of, size):
@@ -746,13 +785,13 @@ class Files(Images):
             try:
                 width, height = image.size
                 top, left, h, w = box_of(height, width)
-                # A large JPEG is decoded at 1/2, 1/4 or 1/8: where the crop keeps twice the size wanted, nobody can tell.
+                # A large JPEG is decoded at 1/2, 1/4 or 1/8 where its crop keeps at least twice the size wanted.
                 image.draft("RGB", (math.ceil(2 * width * size[1] / w), math.ceil(2 * height * size[0] / h)))
                 x, y = image.size[0] / width, image.size[1] / height
                 box = [round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)]
                 box[2:] = max(box[2], box[0] + 1), max(box[3], box[1] + 1)
                 return to_rgb(image.crop(box))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except UNREADABLE as error:
                 raise InputError(f"{self.path(i)}: cannot be read ({error})") from None
 
 
@@ -763,13 +802,17 @@ class Named(Files):
         self.dataset, self.names, self.labels, self.classes = dataset, index, labels, classes
 
     def subset(self, index: np.ndarray) -> "Named":
-        return Named(self.dataset, self.names[index], None if self.labels is None else self.labels[index], self.classes)
+        labels = None if self.labels is None else self.labels[index]
+        return Named(self.dataset, self.names[index], labels, self.classes)
 
     def path(self, i: int) -> str:
         return f"picture {self.names[i]} of {type(self.dataset).__name__}"
 
     def open(self, i: int) -> Image.Image:
-        return self.dataset[int(self.names[i])][0]
+        try:
+            return self.dataset[int(self.names[i])][0]
+        except UNREADABLE as error:
+            raise InputError(f"{self.path(i)}: cannot be read ({error})") from None
 
 
 def to_rgb(image: Image.Image) -> Tensor:
@@ -786,14 +829,18 @@ def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
     return v2.functional.resize(picture, list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
 
 
-def open_images(args: argparse.Namespace, split: str = "train", labels: bool = False) -> Images:
+def open_images(args: Namespace, split: str = "train", labels: bool = False) -> Images:
     """The pictures that --data names. split: "train" or "val"; labels: whether classes are needed.
     Small pictures (all sides up to 64 pixels) are decoded once, here. Raises InputError if there are none."""
     if args.data == "shapes":
-        return shapes(20000, seed=0) if split == "train" else shapes(2000, seed=1)
-    if args.data in TORCHVISION:
-        return open_torchvision(args, split, labels)
-    return pack_if_small(open_folder(args.data, split, labels), strict=split == "val")
+        images = shapes(20000, seed=0) if split == "train" else shapes(2000, seed=1)
+    elif args.data in TORCHVISION:
+        images = open_torchvision(args, split, labels)
+    else:
+        images = pack_if_small(open_folder(args.data, split, labels), strict=split == "val")
+    if split == "train":
+        args.pictures = len(images)  # noted, so that a run is not continued on others
+    return images
 
 
 def open_folder(data: str, split: str, labels: bool) -> Files:
@@ -810,15 +857,18 @@ def open_folder(data: str, split: str, labels: bool) -> Files:
         names = list(find_images(os.fsencode(folder)))
         ids = classes = None
     else:
-        classes = class_folders(os.path.join(data, "train"))
+        train = os.path.join(data, "train")
+        classes = class_folders(train) if os.path.isdir(train) else []
+        if not classes:
+            raise InputError(f"--data {data}: no class folders in {train}; expected train/<class>/<image>")
         extra = sorted(set(class_folders(folder)) - set(classes))
         if extra:
             raise InputError(f"--data {data}: classes {', '.join(extra[:5])} are in {split}/ but not in train/")
         names, ids = [], []
         for number, name in enumerate(classes):
-            found = [os.path.join(os.fsencode(name), file) for file in find_images(os.fsencode(os.path.join(folder, name)))]
+            found = list(find_images(os.fsencode(os.path.join(folder, name)), os.fsencode(name)))
             if not found:
-                print(f"warning: class {name} has no images in {folder}", file=sys.stderr)
+                say(f"warning: class {name} has no images in {folder}")
             names += found
             ids += [number] * len(found)
     if not names:
@@ -831,12 +881,15 @@ def class_folders(folder: str) -> list[str]:
 
 
 def find_images(folder: bytes, inside: bytes = b"") -> Iterator[bytes]:
-    """Names of the pictures below a folder, relative to it, in sorted order."""
+    """Names of the pictures below a folder, each with `inside` before it, in sorted order."""
     if not os.path.isdir(folder):
         return
     suffixes = tuple(suffix.encode() for suffix in SUFFIXES)
-    with os.scandir(folder) as entries:
-        found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(b"."))
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(b"."))
+    except OSError as error:  # not allowed, or links that lead in a circle
+        raise InputError(f"{os.fsdecode(folder)} cannot be listed ({error.strerror})") from None
     for name, is_folder in found:
         if is_folder:
             yield from find_images(os.path.join(folder, name), os.path.join(inside, name))
@@ -856,43 +909,46 @@ def pack_if_small(files: Files, strict: bool, most_bytes: int = 2**31) -> Images
     width, height = next(iter(sizes), (65, 65))
     if len(sizes) != 1 or max(width, height) > 64 or len(files) * 3 * width * height > most_bytes:
         return files
-    pixels, good = torch.empty(len(files), 3, height, width, dtype=torch.uint8), []
+    pixels, good, side = torch.empty(len(files), 3, height, width, dtype=torch.uint8), [], (height, width)
     for i in tqdm(range(len(files)), desc="decoding small pictures", disable=not sys.stderr.isatty(), leave=False):
         try:
-            pixels[len(good)] = resize(files.cut(i, lambda h, w: np.array([0, 0, h, w]), (height, width)), (height, width))
+            picture = files.cut(i, lambda h, w: np.array([0, 0, h, w]), side)
+            if picture.shape[1:] != side:
+                say(f"warning: {files.path(i)} is brought from {tuple(picture.shape[1:])} to {side} like the rest")
+            pixels[len(good)] = resize(picture, side)
             good.append(i)
         except InputError as error:
             if strict:
                 raise
-            print(f"warning: left out: {error}", file=sys.stderr)
+            say(f"warning: left out: {error}")
     return Packed(pixels[:len(good)], None if files.labels is None else files.labels[good], files.classes)
 
 
-def open_torchvision(args: argparse.Namespace, split: str, labels: bool) -> Images:
+def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
     """A data set of torchvision, in its official splits."""
     kind, *splits = TORCHVISION[args.data]
     chosen = splits[2] if split == "val" else splits[1] if labels else splits[0]
-    if args.download:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine downloads, the others wait
+    try:
+        if args.download and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine, the others wait
             for options in chosen:
                 getattr(datasets, kind)(args.data_root, download=True, **options)
-        if dist.is_initialized():
+        if args.download and dist.is_initialized():
             dist.barrier()
-    try:
         parts = [getattr(datasets, kind)(args.data_root, **options) for options in chosen]
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise InputError(f"--data {args.data}: not in --data-root {args.data_root} ({error}); "
                          "--download fetches it") from None
     classes = list(parts[0].classes)
     if hasattr(parts[0], "data"):  # CIFAR, STL10: already an array, N H W C or N C H W
         pixels = np.concatenate([part.data for part in parts])
         pixels = pixels if pixels.shape[1] == 3 else pixels.transpose(0, 3, 1, 2)
-        known = np.concatenate([np.asarray(part.targets if hasattr(part, "targets") else part.labels) for part in parts])
-        return Packed(torch.from_numpy(np.ascontiguousarray(pixels)), known.astype(np.int64) if labels else None, classes)
-    joined = torch.utils.data.ConcatDataset(parts)
-    known = np.concatenate([part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
-                            for part in parts]).astype(np.int64) if labels else None
-    return Named(joined, np.arange(len(joined)), known, classes)
+        known = np.concatenate([part.targets if hasattr(part, "targets") else part.labels for part in parts])
+        images = Packed(torch.from_numpy(np.ascontiguousarray(pixels)), known.astype(np.int64), classes)
+    else:  # labels are known without decoding, but not under a public name
+        known = np.concatenate([part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
+                                for part in parts])
+        images = Named(torch.utils.data.ConcatDataset(parts), np.arange(len(known)), known.astype(np.int64), classes)
+    return images
 
 
 def shapes(count: int, seed: int, side: int = 32) -> Packed:
@@ -906,26 +962,28 @@ def shapes(count: int, seed: int, side: int = 32) -> Packed:
         label = labels[first:first + 1000]
         n = len(label)
         turn, radius = rng.uniform(0, 2 * np.pi, (n, 1, 1)), 2 * rng.uniform(0.30, 0.46, (n, 1, 1))
-        dx, dy = rng.uniform(-0.3, 0.3, (2, n, 1, 1))
-        u, v = ((x - dx) * np.cos(turn) + (y - dy) * np.sin(turn)) / radius, ((y - dy) * np.cos(turn) - (x - dx) * np.sin(turn)) / radius
-        # Distance of a point from the centre in units of the outline's, so that 1 is the edge of every shape.
-        def sides(k):
+        x0, y0 = rng.uniform(-0.3, 0.3, (2, n, 1, 1))
+        u = ((x - x0) * np.cos(turn) + (y - y0) * np.sin(turn)) / radius                # n side side, the shape's axes
+        v = ((y - y0) * np.cos(turn) - (x - x0) * np.sin(turn)) / radius
+
+        def sides(k):  # how far a point lies in the direction of each of k sides
             return np.stack([u * np.cos(2 * np.pi * i / k) + v * np.sin(2 * np.pi * i / k) for i in range(k)])
-        kinds = np.stack([
+        kinds = np.stack([                                                              # 1 on the edge of every shape
             np.hypot(u, v),
-            sides(3).max(0) / 0.5,
-            sides(4).max(0) / math.sqrt(0.5),
-            np.partition(sides(5), 3, axis=0)[3] / math.cos(2 * math.pi / 5),            # pentagram: all but one side
+            sides(3).max(0) / math.cos(math.pi / 3),
+            sides(4).max(0) / math.cos(math.pi / 4),
+            np.partition(sides(5), 3, axis=0)[3] / math.cos(2 * math.pi / 5),           # beyond one side of the five
             np.minimum(np.maximum(abs(u), 3 * abs(v)), np.maximum(3 * abs(u), abs(v))),
         ])
         distance = kinds[label % 5, np.arange(n)]
         inside = (distance < 1) & ((label < 5)[:, None, None] | (distance > 0.65))
-        ramp, ends, colour = rng.uniform(0, 2 * np.pi, (n, 1, 1)), rng.random((2, n, 3, 1, 1)), rng.random((n, 3, 1, 1))
+        ramp, ends = rng.uniform(0, 2 * np.pi, (n, 1, 1)), rng.random((2, n, 3, 1, 1))
+        colour = rng.random((n, 3, 1, 1))
         slope = ((x * np.cos(ramp) + y * np.sin(ramp)) / 2.83 + 0.5)[:, None]
         ground = ends[0] * 0.6 * (1 - slope) + ends[1] * 0.6 * slope
         picture = np.where(inside[:, None], 0.35 + 0.65 * colour, ground) + rng.normal(0, 0.01, (n, 3, side, side))
         pixels[first:first + 1000] = (picture * 255).clip(0, 255)
-    names = [f"{how} {what}" for how in ("filled", "outlined") for what in ("disc", "triangle", "square", "star", "cross")]
+    names = [f"{how} {kind}" for how in ("filled", "outlined") for kind in "disc triangle square star cross".split()]
     return Packed(torch.from_numpy(pixels), labels, names)
 
 
@@ -963,12 +1021,13 @@ class Decoder(Dataset):
         if self.view.flips(numbers)[0]:
             picture = picture.flip(2)
         if self.view.randaugment:
-            image = randaugment(Image.fromarray(picture.permute(1, 2, 0).numpy()), numbers[0, 23:], self.view.randaugment)
+            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            image = randaugment(image, numbers[0, 23:], self.view.randaugment)
             picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return picture
 
 
-def views_of(images: Images, view: View, requests: Iterator, args: argparse.Namespace, world: World,
+def views_of(images: Images, view: View, requests: Iterator, args: Namespace, world: World,
              strict: bool = False) -> Iterator[tuple[Tensor, np.ndarray]]:
     """For every request (float B C h w in 0..1 on the device, numbers of the pictures). Pictures in one array are cut
     on the device; files, and whatever needs RandAugment, come as bytes from worker processes."""
@@ -980,25 +1039,38 @@ def views_of(images: Images, view: View, requests: Iterator, args: argparse.Name
     loader = DataLoader(Decoder(images, view, strict), sampler=requests, batch_size=None, num_workers=args.workers,
                         pin_memory=world.device.type == "cuda", worker_init_fn=leave_signals_alone)
     bad, seen = set(), 0
-    for pixels, index, complaints in loader:
+    for pixels, index, complaints in survived(loader):
         for complaint in set(complaints) - bad:
-            print(f"warning: {complaint}", file=sys.stderr)
+            say(f"warning: {complaint}")
         bad, seen = bad | set(complaints), seen + len(index)
         if not len(pixels) or len(bad) > max(50, 0.01 * seen):
             raise InputError(complaints[0] if not len(pixels) else f"{len(bad)} of {seen} pictures cannot be read")
         yield pixels.to(world.device, non_blocking=True).float().div_(255), np.asarray(index)
 
 
+def survived(loader: DataLoader) -> Iterator:
+    """What the loader gives; a worker process that the system ended is an InputError that says what to try."""
+    try:
+        yield from loader
+    except (RuntimeError, ConnectionError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise InputError("a process that decodes images was ended by the system, as when memory or shared memory is "
+                         "short: try fewer --workers") from None
+
+
 def leave_signals_alone(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the training process decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """In a worker: Ctrl-C and torchrun's SIGTERM reach the whole group, but what follows is the training process's
+    decision. A second SIGTERM ends a worker: that is how it is ended if it does not end by itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class batches:
     """Iterator over the parts of all batches from step `first` to `last`: (float B C h w in 0..1, numbers of the
     pictures). `waited` is the time in seconds that training has spent on waiting for them."""
 
-    def __init__(self, images: Images, view: View, args: argparse.Namespace, world: World, first: int, last: int):
+    def __init__(self, images: Images, view: View, args: Namespace, world: World, first: int, last: int):
         if len(images) < args.batch_size:
             raise InputError(f"--data {args.data} has {len(images)} images, less than one batch of {args.batch_size}: "
                              f"give --batch-size {len(images)} or less")
@@ -1028,12 +1100,14 @@ class batches:
                 yield i.reshape(-1), n.reshape(-1, View.NUMBERS)
 
 
-def in_order(images: Images, view: View, args: argparse.Namespace, world: World) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Every picture once, divided among the processes without padding: batches as `batches` gives them."""
+def in_order(images: Images, view: View, args: Namespace, world: World,
+             strict: bool = True) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Every picture once, divided among the processes without padding: batches as `batches` gives them.
+    strict: a picture that cannot be read is an InputError, not replaced by the next."""
     mine = np.arange(world.rank, len(images), world.size)
     requests = ((index, np.zeros((len(index), View.NUMBERS), np.float32))
                 for index in (mine[i:i + args.micro_batch] for i in range(0, len(mine), args.micro_batch)))
-    return views_of(images, view, requests, args, world, strict=True)
+    return views_of(images, view, requests, args, world, strict)
 
 
 def normalizer(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -1094,7 +1168,8 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
 
 def mixing(mixup: float, cutmix: float, classes: int) -> v2.Transform | None:
     """MixUp and CutMix of a batch by these alphas, one of the two by chance if both are on; None if neither is."""
-    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
+    kinds = [kind(alpha=alpha, num_classes=classes)
+             for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
     return v2.RandomChoice(kinds) if kinds else None
 
 
@@ -1109,10 +1184,13 @@ def balanced(images: Images, count: int, seed: int) -> Images:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images, view: View, normalize: Callable, args: argparse.Namespace,
+def evaluate(model: nn.Module, images: Images, view: View, normalize: Callable, args: Namespace,
              world: World) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in % and mean cross-entropy over all pictures, each counted once, on any number of processes."""
+    """Top-1 and top-5 accuracy in % and mean cross-entropy; each picture counts once on any number of processes."""
     model.eval()
+    if dist.is_initialized():  # BatchNorm's statistics are those of each process's share: judge the ones that are saved
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     for pixels, index in in_order(images, view, args, world):
         labels = torch.from_numpy(images.labels[index]).to(world.device)
@@ -1134,17 +1212,18 @@ FREE_ON_RESUME = ("data", "data_root", "download", "out", "resume", "workers", "
                   "save_minutes", "log_every")
 
 
-def open_run(args: argparse.Namespace, world: World, method: str) -> tuple[Path, dict | None]:
+def open_run(args: Namespace, world: World, method: str) -> tuple[Path, dict | None]:
     """The folder of this run, and the checkpoint to continue from or None.
 
-    Raises InputError if --out holds a run already, cannot be written, or if what --resume names is not there,
-    not readable, of another method, or was made with other settings.
+    Raises InputError if --out holds a run already, or if what --resume names is not there, not readable, of another
+    method, or was made with other settings. Nothing is written yet.
     """
     if args.resume is not None:
         checkpoint = find_checkpoint(args)
         if checkpoint is not None:
             if checkpoint.get("method") != method:
-                raise InputError(f"--resume: the file is of {checkpoint.get('method', 'another program')}, not of {method}")
+                raise InputError(f"--resume: the file is of {checkpoint.get('method', 'another program')}, "
+                                 f"not of {method}")
             old = checkpoint["args"]
             changed = [f"{name} {old.get(name)} -> {value}" for name, value in vars(args).items()
                        if name not in FREE_ON_RESUME and old.get(name) != value]
@@ -1156,18 +1235,12 @@ def open_run(args: argparse.Namespace, world: World, method: str) -> tuple[Path,
         number = 2
         while (folder / "args.json").exists():
             folder, number = Path(f"runs/{method}-{args.recipe}-{number}"), number + 1
-    if world.main:
-        if (folder / "args.json").exists() and args.resume is None:
-            raise InputError(f"--out {folder} holds a run already: continue it by --resume, or choose another folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-        except OSError as error:
-            raise InputError(f"--out {folder} cannot be written: {error}") from None
+    if world.main and (folder / "args.json").exists() and args.resume is None:
+        raise InputError(f"--out {folder} holds a run already: continue it by --resume, or choose another folder")
     return folder, None
 
 
-def find_checkpoint(args: argparse.Namespace) -> dict | None:
+def find_checkpoint(args: Namespace) -> dict | None:
     """What --resume names: last.pth, or prev.pth if that is unreadable. Sets args.out where it was not given.
     A bare --resume on a folder without checkpoints starts afresh, and says so."""
     if not args.resume and args.out is None:
@@ -1178,13 +1251,16 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
     if not any(file.exists() for file in files):
         if args.resume:
             raise InputError(f"--resume {args.resume}: no checkpoint there")
-        print(f"no checkpoint in {path}: a new run starts", file=sys.stderr)
+        say(f"no checkpoint in {path}: a new run starts")
         return None
     for file in files:
         try:
-            return load_file(str(file))
+            content = load_file(str(file))
+            if isinstance(content, dict) and "args" in content:
+                return content
+            say(f"warning: {file}: not a checkpoint to continue from")
         except InputError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            say(f"warning: {error}")
     raise InputError(f"--resume: no readable checkpoint in {path}")
 
 
@@ -1206,7 +1282,7 @@ def write_file(content: dict, path: Path, previous: Path | None = None) -> None:
 
 
 def save_checkpoint(out: Path, method: str, step: int, model: nn.Module, config: dict, optimizer: torch.optim.Optimizer,
-                    scaler: torch.amp.GradScaler, args: argparse.Namespace) -> None:
+                    scaler: torch.amp.GradScaler, args: Namespace) -> None:
     """last.pth, with all that continuing needs; the one before stays as prev.pth. Weights that are not finite are
     never saved: raises InputError."""
     state = model.state_dict()
@@ -1237,7 +1313,7 @@ class Log:
     by themselves: no step waits for the device, and all processes leave after the same one.
     """
 
-    def __init__(self, args: argparse.Namespace, out: Path, world: World, stream: batches, steps_per_epoch: int,
+    def __init__(self, args: Namespace, out: Path, world: World, stream: batches, steps_per_epoch: int,
                  first: int, last: int):
         self.args, self.world, self.stream = args, world, stream
         self.steps_per_epoch, self.last = steps_per_epoch, last
@@ -1246,13 +1322,18 @@ class Log:
         self.start = self.saved = self.told = time.time()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
+        self.path = out / "log.jsonl"
         if world.main:
-            self.path = out / "log.jsonl"
-            kept = []
-            if first and self.path.exists():  # drop what an interrupted run wrote after its last checkpoint
-                kept = [line for line in self.path.read_text().splitlines(True)
-                        if line.endswith("}\n") and json.loads(line)["step"] <= first]
-            self.path.write_text("".join(kept))
+            try:  # only now: a run that could not start leaves nothing behind
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+                kept = []
+                if first and self.path.exists():  # drop what an interrupted run wrote after its last checkpoint
+                    kept = [line for line in self.path.read_text().splitlines(True)
+                            if line.endswith("}\n") and json.loads(line)["step"] <= first]
+                self.path.write_text("".join(kept))
+            except OSError as error:
+                raise InputError(f"--out {out} cannot be written: {error}") from None
         self.bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True,
                         disable=not world.main or not sys.stderr.isatty())
 
@@ -1268,30 +1349,31 @@ class Log:
         if values.is_cuda:
             values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
-        before, self.pending = self.pending, (step, lr, list(losses), values, event)
+        before, self.pending = self.pending, (step, lr, time.time(), list(losses), values, event)
         if before:
             self.read(*before)
         return self.leave
 
-    def read(self, step: int, lr: float, names: list[str], values: Tensor, event: torch.cuda.Event | None) -> None:
+    def read(self, step: int, lr: float, now: float, names: list[str], values: Tensor,
+             event: torch.cuda.Event | None) -> None:
         if event is not None:
             event.synchronize()
         *values, flag = (values / self.world.size).tolist()
         if not all(map(math.isfinite, values)):
             self.bar.close()
-            told = f"step {step}: loss {dict(zip(names, values, strict=True))} at learning rate {lr:.3g}; the last checkpoint is from before"
-            sys.exit(told + ". A lower --blr or --precision fp32 may help." if self.world.main else 1)
+            told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+            sys.exit(f"step {step}: {told} at learning rate {lr:.3g}; what is saved is from before. A lower --blr or "
+                     "--precision fp32 may help" if self.world.main else 1)
         self.leave = flag > 0
         for name, value in zip(names, values, strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
         self.bar.update()
         if step % self.args.log_every == 0 or step == self.last:
-            self.tell(step, lr)
+            self.tell(step, lr, now)
 
-    def tell(self, step: int, lr: float) -> None:
-        """Writes the means since the last record."""
-        now = time.time()
+    def tell(self, step: int, lr: float, now: float) -> None:
+        """Writes the means since the last record; `now` is when the step was done."""
         seconds = max(now - self.told, 1e-9)
         record = dict(step=step, epoch=round(step / self.steps_per_epoch, 4),
                       **{name: value / self.count for name, value in self.sums.items()}, lr=lr,
@@ -1305,14 +1387,18 @@ class Log:
         shown = {name: f"{record[name]:.4g}" for name in record if name not in ("step", "epoch", "eta_s", "waiting")}
         self.bar.set_postfix(shown, refresh=False)
         if self.bar.disable and self.world.main:
-            print(f"step {step}/{self.last}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + f"  eta {record['eta_s']} s",
-                  file=sys.stderr, flush=True)
+            say(f"step {step}/{self.last}  " + "".join(f"{name} {value}  " for name, value in shown.items())
+                + f"eta {record['eta_s']} s")
 
     def write(self, record: dict) -> None:
-        """One more line in log.jsonl."""
+        """One more line in log.jsonl, in strict JSON: what is not finite is null there."""
         if self.world.main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(finite) + "\n")
+            except OSError as error:  # a lost line is no reason to lose the training
+                say(f"warning: {self.path}: {error}")
 
     def flush(self) -> None:
         """Reads what is still on its way; before anything is saved."""
@@ -1335,5 +1421,7 @@ class Log:
         if self.leave:
             number = self.signal or signal.SIGTERM
             if self.world.main:
-                print(f"stopped by {signal.Signals(number).name} and saved; --resume continues", file=sys.stderr)
+                say(f"stopped by {signal.Signals(number).name} and saved; --resume continues")
             sys.exit(128 + number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing can be lost from here on
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from finetune import LARS, RECIPES, build, knn_accuracy, main, probe_head, reused
+from finetune import LARS, RECIPES, build, knn_hits, main, probe_head, reused
 from tests.reference import build_classifier, evaluate, images
 from tests.test_mae import assert_meets
 from vit import ViT, balanced, cosine, mixing, param_groups, random_erasing, randaugment, shapes
@@ -92,7 +92,7 @@ def test_neighbours_vote_by_similarity():
             near = row.topk(min(k, 4)).indices.tolist()
             votes = [sum(row[i].item() for i in near if labels[i] == c) for c in range(3)]
             by_hand.append(votes.index(max(votes)))
-        assert knn_accuracy(query, torch.tensor(by_hand), bank, labels, 3, k=k) == 2
+        assert knn_hits(query, torch.tensor(by_hand), bank, labels, 3, k=k) == 2
 
 
 def test_random_erasing_keeps_its_share_and_fills_with_noise():
@@ -167,7 +167,7 @@ def test_reuse_keeps_the_first_blocks_and_the_embeddings():
 
 def arguments(**changes):
     import argparse
-    return argparse.Namespace(**{**dict(protocol="finetune", seed=0, pool="mean", drop_path=0.0, reuse=None, image_size=None), **changes})
+    return argparse.Namespace(**{**dict(protocol="finetune", seed=0, pool="mean", drop_path=0.0, reuse=None, image_size=16), **changes})
 
 
 def source() -> tuple[dict, dict]:

@@ -1,0 +1,119 @@
+"""Speed, as ratios of two ways to do the same in one run, because machines are noisy. Run by hand:
+
+    python tests/bench.py                      generated pictures
+    python tests/bench.py --data /imagenet     files of your own, for the input pipeline
+"""
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mae import MaskedAutoencoder  # noqa: E402
+from vit import CROPS, SIZES, Attention, Decoder, View, ViT, open_folder, relation, shapes, uniform  # noqa: E402
+
+
+def rates(images: int, device: str, rounds: int = 7, **ways: Callable[[], object]) -> dict[str, float]:
+    """Images per second of each way: the median over rounds in which all ways take turns."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name] += [time.perf_counter() - start] if turn else []
+    return {name: images / statistics.median(values) for name, values in times.items()}
+
+
+def show(title: str, found: dict[str, float]) -> None:
+    first = next(iter(found.values()))
+    print(title)
+    for name, rate in found.items():
+        print(f"  {name:<52} {rate:10.1f} images/s   x {rate / first:.2f}")
+
+
+def explicit_attention(self: Attention, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = self.split_heads(x)
+    return self.proj((relation(q, k).softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
+
+
+def training_steps(device: str) -> None:
+    torch.manual_seed(0)
+    batch = 256 if device == "cuda" else 16
+    model = MaskedAutoencoder(ViT(**SIZES["tiny"])).to(device)
+    classifier = ViT(**SIZES["tiny"], pool="mean", classes=1000).to(device)
+    pixels = torch.randn(batch, 3, 224, 224, device=device)
+    fused = Attention.forward
+
+    def step(network, attention, dtype):
+        def run():
+            Attention.forward = attention
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                out = network(pixels)
+            (out["loss"] if isinstance(out, dict) else out.float().square().mean()).backward()
+            Attention.forward = fused
+        return run
+    for name, network in (("MAE ViT-Tiny, 224 pixels, a training step", model), ("classifier ViT-Tiny, 224 pixels, a training step", classifier)):
+        ways = {"explicit attention, float32": step(network, explicit_attention, None), "fused attention, float32": step(network, fused, None),
+                "fused attention, bfloat16": step(network, fused, torch.bfloat16)}
+        if device == "cuda":
+            ways["fused attention, bfloat16, compiled"] = step(torch.compile(network), fused, torch.bfloat16)
+        show(f"{name}, batch {batch}, {device}", rates(batch, device, **ways))
+
+
+def input_pipeline(data: str) -> None:
+    torch.set_num_threads(1)
+    files = open_folder(data, "train", False)
+    files = files.subset(np.linspace(0, len(files) - 1, min(len(files), 100)).astype(int))
+    textbook = v2.Compose([v2.RandomResizedCrop(224, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
+                           v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
+    decoder, numbers = Decoder(files, View((224, 224), (0.2, 1.0)), True), uniform((len(files), View.NUMBERS), 0, CROPS, 0)
+    show(f"from a file to a crop of 224 pixels, one core, {len(files)} files of {data}", rates(
+        len(files), "cpu", rounds=5,
+        **{"PIL decode, RandomResizedCrop, ToTensor, Normalize": lambda: [textbook(Image.open(files.path(i)).convert("RGB")) for i in range(len(files))],
+           "ours (bytes; the rest happens on the device)": lambda: decoder[np.arange(len(files)), numbers]}))
+
+
+def packed_pipeline(device: str) -> None:
+    images, view, index = shapes(2000, 0), View((36, 36), (0.6, 1.0)), np.arange(512)
+    images.pixels = images.pixels.to(device)
+    numbers = uniform((512, View.NUMBERS), 0, CROPS, 0)
+    pictures = [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in images.pixels[:512]]
+    textbook = v2.Compose([v2.RandomResizedCrop(36, (0.6, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
+                           v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    show(f"32-pixel pictures in memory to crops of 36 pixels, {torch.get_num_threads()} threads, {device}", rates(512, device, **{
+        "per image, PIL": lambda: torch.stack([textbook(p) for p in pictures]),
+        "ours: the whole batch on the device": lambda: images.look(index, numbers, view)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
+    training_steps(args.device)
+    packed_pipeline(args.device)
+    if args.data:
+        input_pipeline(args.data)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            rng = np.random.default_rng(0)
+            for i in range(50):  # smooth pictures of ImageNet's usual size
+                small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
+                small.resize((500, 375), Image.Resampling.BICUBIC).save(f"{folder}/{i}.jpg", quality=90)
+            input_pipeline(folder)
+
+
+if __name__ == "__main__":
+    main()
