@@ -24,11 +24,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit import (IMAGENET_MEAN, IMAGENET_STD, SIZES, Images, InputError, Log, View, ViT, World, apply_recipe, autocast,
-                 balanced, batches, cosine, evaluate, gradients_shared, in_order, launch, load_encoder, mixing,
-                 normalizer, open_images, open_run, param_groups, parse_args, parts_of_batch, random_erasing,
-                 read_encoder, recipe_for, reseed, restore, save_checkpoint, say, set_lr, start_processes, vit_options,
-                 wrap, write_file)
+from vit import (IMAGENET_MEAN, IMAGENET_STD, SIZES, Images, InputError, Log, View, ViT, World, apply_recipe,
+                 autocast, balanced, batches, cosine, evaluate, gradients_shared, in_order, launch, load_encoder,
+                 mixing, normalizer, open_images, open_run, param_groups, parse_args, parts_of_batch,
+                 print_result, random_erasing, read_encoder, recipe_for, reseed, restore, save_checkpoint, say,
+                 set_lr, start_processes, vit_options, wrap, write_file)
 
 # -------------------------------------------------------------------- the method
 
@@ -223,6 +223,8 @@ def main(argv: list[str] | None = None) -> None:
     world = start_processes(args)
     weights = read_encoder(args.init, args.heads) if args.init else None
     if weights:
+        if "dist_token" in weights[0]:
+            raise InputError(f"--init {args.init} has a distillation token: g2sd.py --stage specific --eval takes it")
         agree(args, weights[1])
         args.image_size = args.image_size or weights[1]["image_size"]
         args.mean, args.std = weights[1]["mean"], weights[1]["std"]
@@ -382,12 +384,6 @@ def gathered(share: Tensor, total: int, world: World) -> Tensor:
     every = padded.new_empty(world.size * most, *padded.shape[1:])
     dist.all_gather_into_tensor(every, padded)
     return every.unflatten(0, (world.size, most)).transpose(0, 1).flatten(0, 1)[:total]  # in the order of the pictures
-
-
-def print_result(result: dict[str, float], world: World) -> None:
-    if world.main:
-        print("  ".join(f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}"
-                        for name, value in result.items()))
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def build(args: Namespace, teacher: ViT | None) -> MaskedAutoencoder:
     torch.manual_seed(args.seed)
     encoder = ViT(**vit_options(args))
     try:
-        decoder = tuple(int(number) for number in (args.decoder or DECODERS.get(args.model, "512x8x16")).split("x"))
+        decoder = tuple(int(number) for number in args.decoder.split("x"))
         width, blocks, heads = decoder
     except ValueError:
         raise InputError(f"--decoder {args.decoder} is not WIDTHxBLOCKSxHEADS, as 96x1x3") from None
@@ -273,15 +273,16 @@ def distilled_layers(args: Namespace, encoder: ViT) -> list[int]:
     return layers
 
 
-def load_teacher(args: Namespace, device: torch.device) -> ViT | None:
-    """The frozen teacher; it stays outside of the model, so neither optimizer nor checkpoint ever meets it."""
+def load_teacher(args: Namespace, device: torch.device) -> tuple[ViT, Callable[[Tensor], Tensor]] | tuple[None, None]:
+    """The frozen teacher, and the normalisation that it was trained with. It stays outside of the model, so neither
+    optimizer nor checkpoint ever meets it."""
     if args.teacher is None:
-        return None
+        return None, None
     state, config = read_encoder(args.teacher, args.teacher_heads, "--teacher-heads")
     size = {name: value for name, value in config.items() if name not in ("mean", "std", "pool", "classes")}
     teacher = ViT(**{**size, "image_size": args.image_size})
     load_encoder(teacher, state, config, fresh=("norm.",))  # scores are taken before the final norm
-    return teacher.to(device).eval().requires_grad_(False)
+    return teacher.to(device).eval().requires_grad_(False), normalizer(config["mean"], config["std"], device)
 
 
 # -------------------------------------------------------------------- the run
@@ -292,9 +293,10 @@ def main(argv: list[str] | None = None) -> None:
     world = start_processes(args)
     images = open_images(args)
     apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
-    out, checkpoint = open_run(args, world, "mae")
-    teacher = load_teacher(args, world.device)
+    args.decoder = args.decoder or DECODERS.get(args.model, "512x8x16")
+    teacher, teacher_normalize = load_teacher(args, world.device)
     model = build(args, teacher)
+    out, checkpoint = open_run(args, world, "mae")
     wrapped = wrap(model, args, world)
     encoder, config = model.encoder, dict(model.encoder.config, mean=list(args.mean), std=list(args.std))
 
@@ -323,11 +325,11 @@ def main(argv: list[str] | None = None) -> None:
         noise = torch.from_numpy(noise[world.rows(args.batch_size)]).to(world.device, non_blocking=True)
         sums = {}
         for part, part_noise in enumerate(noise.chunk(parts), start=1):
-            pixels = normalize(next(stream)[0])                                         # B C h w
+            pixels = next(stream)[0]                                                    # B C h w, in 0..1
             with gradients_shared(wrapped, now=part == parts):
                 with autocast(args):
-                    extra = [teacher_scores(model, teacher, pixels, part_noise)] if teacher else []
-                    losses = wrapped(pixels, part_noise, *extra)
+                    goal = [teacher_scores(model, teacher, teacher_normalize(pixels), part_noise)] if teacher else []
+                    losses = wrapped(normalize(pixels), part_noise, *goal)
                 scaler.scale(losses["loss"] / parts).backward()
             sums = {name: sums.get(name, 0) + loss.detach() / parts for name, loss in losses.items()}
         scaler.step(optimizer)

@@ -285,6 +285,11 @@ def load_file(path: str) -> dict:
         raise InputError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
 
 
+def weights_of(file: dict) -> dict:
+    """The state dict in a file, wherever the field puts it."""
+    return next((file[key] for key in ("model", "state_dict") if isinstance(file, dict) and key in file), file)
+
+
 def read_encoder(path: str, heads: int | None = None, flag: str = "--heads") -> tuple[dict, dict]:
     """(state dict in the names of ViT, config) of the one encoder in a file: ours, MAE, MAE-Lite, DeiT, MoCo v3,
     TinyMIM, G2SD or timm. Prefixes such as `module.`, `encoder.` or `base_encoder.` are taken off.
@@ -294,7 +299,7 @@ def read_encoder(path: str, heads: int | None = None, flag: str = "--heads") -> 
     Raises InputError if there is no encoder, more than one, or if `heads` contradicts the file or is missing.
     """
     file = load_file(path)
-    state = next((file[key] for key in ("model", "state_dict") if isinstance(file, dict) and key in file), file)
+    state = weights_of(file)
     names = [name for name in state if isinstance(name, str)] if isinstance(state, dict) else []
     prefixes = [name.removesuffix("cls_token") for name in names if name.endswith("cls_token")]
     prefixes = [prefix for prefix in prefixes if not any(word in prefix for word in NOT_WANTED)]
@@ -416,11 +421,12 @@ COMMON_OPTIONS = {
 
 SHARE, COUNT, NOT_NEGATIVE = (0, 1), (1, 2**62), (0, 2**62)
 RANGES = {  # of options, whichever script has them
-    **dict.fromkeys(("crop_min", "mask_ratio", "drop_path", "smoothing", "erasing"), SHARE),
+    **dict.fromkeys(("crop_min", "mask_ratio", "drop_path", "teacher_drop_path", "smoothing", "erasing", "jitter"),
+                    SHARE),
     **dict.fromkeys(("batch_size", "micro_batch", "width", "depth", "heads", "image_size", "patch_size", "log_every",
-                     "labels", "eval_every"), COUNT),
+                     "labels", "eval_every", "teacher_heads", "teacher_last_heads"), COUNT),
     **dict.fromkeys(("seed", "epochs", "warmup_epochs", "min_lr", "weight_decay", "workers", "save_minutes", "mixup",
-                     "cutmix", "clip_grad", "reuse", "blr"), NOT_NEGATIVE),
+                     "cutmix", "clip_grad", "reuse", "blr", "mim_weight", "visible_weight"), NOT_NEGATIVE),
     "randaugment": (0, 10), "centre": (0.01, 1),
 }
 
@@ -1203,6 +1209,13 @@ def evaluate(model: nn.Module, images: Images, view: View, normalize: Callable, 
     model.train()
     top1, top5, loss, count = world.sum(totals).tolist()
     return dict(top1=100 * top1 / count, top5=100 * top5 / count, val_loss=loss / count, val_images=int(count))
+
+
+def print_result(result: dict[str, float], world: World) -> None:
+    """The one line on stdout: what `evaluate` found."""
+    if world.main:
+        print("  ".join(f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}"
+                        for name, value in result.items()))
 
 
 # ---- checkpoints out
