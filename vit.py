@@ -426,8 +426,8 @@ RANGES = {  # of options, whichever script has them
     **dict.fromkeys(("batch_size", "micro_batch", "width", "depth", "heads", "image_size", "patch_size", "log_every",
                      "labels", "eval_every", "teacher_heads", "teacher_last_heads"), COUNT),
     **dict.fromkeys(("seed", "epochs", "warmup_epochs", "min_lr", "weight_decay", "workers", "save_minutes", "mixup",
-                     "cutmix", "clip_grad", "reuse", "blr", "mim_weight", "visible_weight"), NOT_NEGATIVE),
-    "randaugment": (0, 10), "centre": (0.01, 1),
+                     "cutmix", "clip_grad", "reuse", "mim_weight", "visible_weight"), NOT_NEGATIVE),
+    "blr": (0, 1e38), "randaugment": (0, 10), "centre": (0.01, 1),
 }
 
 

@@ -134,6 +134,9 @@ def test_two_processes_have_the_losses_of_one(script, options):
     assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
     if script == "finetune.py":
         assert one.stdout.split()[:2] == two.stdout.split()[:2]  # the same top-1
+        neighbours = [str(ROOT / script), *"--device cpu --workers 0 --labels 48 --init one/model.pth --protocol knn".split()]
+        votes = [subprocess.run([*start, *neighbours], capture_output=True, text=True).stdout for start in ([sys.executable], TORCHRUN)]
+        assert "top1" in votes[0] and votes[0] == votes[1]
 
 
 def test_a_resumed_run_may_change_the_number_of_processes(monkeypatch):
@@ -145,15 +148,19 @@ def test_a_resumed_run_may_change_the_number_of_processes(monkeypatch):
     assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
 
 
-def test_two_processes_stop_together_at_a_signal_to_one_of_them(tmp_path):
-    process = subprocess.Popen([*TORCHRUN, str(ROOT / "mae.py"), *SMALL, "--epochs", "50", "--out", "a"], stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("to", ["one process", "torchrun"])
+def test_two_processes_stop_together_at_a_signal(to, photos):
+    """To one of them, or by torchrun to the whole group, in which worker processes decode pictures."""
+    data = [] if to == "one process" else ["--data", photos, "--recipe", "demo", "--workers", "1"]
+    process = subprocess.Popen([*TORCHRUN, str(ROOT / "mae.py"), *SMALL, "--epochs", "900", "--out", "a", *data], stderr=subprocess.PIPE,
+                               text=True)
     deadline = time.time() + 120
     while time.time() < deadline and not (Path("a/log.jsonl").exists() and len(Path("a/log.jsonl").read_text().splitlines()) > 3):
         time.sleep(0.2)
     children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True).stdout
     ranks = [int(line.split()[0]) for line in children.splitlines() if "mae.py" in line]
     assert len(ranks) == 2, children
-    os.kill(ranks[1], signal.SIGTERM)
+    os.kill(ranks[1] if to == "one process" else process.pid, signal.SIGTERM)
     assert process.wait(60) != 0
     assert "stopped by SIGTERM and saved" in process.stderr.read()
     assert torch.load("a/last.pth", weights_only=True)["step"] > 3

@@ -1,0 +1,381 @@
+"""MoCo v3: two views of a picture should give the same features, views of different pictures different ones.
+
+Chen, Xie, He, arXiv 2104.02057; for ViT-Tiny with the recipe of MAE-Lite, Wang et al., arXiv 2205.14443.
+
+    q1, q2 = predictor(projector(ViT(view1))), the same of view2       with gradient
+    slow   = m slow + (1 - m) fast                                     weights of ViT and projector
+    k1, k2 = slow projector(slow ViT(view1)), the same of view2        without gradient
+    loss   = ctr(q1, k2) + ctr(q2, k1)
+    ctr(q, k) = 2 tau mean_i -log( exp(q_i k_i / tau) / sum_j exp(q_i k_j / tau) )       q, k of length one
+
+The keys k_j are those of the whole batch, on all processes. A network that knows nothing has the loss 4 tau ln(batch).
+
+Run    python moco_v3.py                                          generated shapes, two minutes on a laptop
+       python moco_v3.py --data /imagenet                         one GPU
+       torchrun --nproc_per_node=8 moco_v3.py --data /imagenet    eight GPUs
+Use    from moco_v3 import MoCo, start_weights, recolour          copy this file and vit.py
+Letters in shape comments: B images of this process, M images of all processes, D encoder width, E projected width
+"""
+import argparse
+import copy
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
+
+from vit import (IMAGENET_MEAN, IMAGENET_STD, InputError, Log, View, ViT, World, apply_recipe, autocast, batches,
+                 cosine, launch, normalizer, open_images, open_run, parse_args, parts_of_batch, recipe_for, restore,
+                 save_checkpoint, say, set_lr, start_processes, uniform, vit_options, wrap, write_file)
+
+# -------------------------------------------------------------------- the method
+
+
+class MoCo(nn.Module):
+    """A ViT with a projector as its head, a slow copy of both, and a predictor on the fast side only.
+
+    hidden, width   of the heads: D -> hidden -> hidden -> width, and width -> hidden -> width
+    temperature     tau of the loss
+    freeze_patch    leave the patch projection as it was drawn, as the official recipes do and MAE-Lite's does not
+
+    Names of parameters are the official ones, so files go both ways.
+    """
+
+    def __init__(self, encoder: ViT, hidden: int = 4096, width: int = 256, temperature: float = 0.2,
+                 freeze_patch: bool = False):
+        super().__init__()
+        self.temperature = temperature
+        self.base_encoder = encoder
+        encoder.head = mlp(encoder.width, hidden, hidden, width)
+        encoder.patch_embed.requires_grad_(not freeze_patch)
+        self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.predictor = mlp(width, hidden, width)
+
+    def forward(self, view1: Tensor, view2: Tensor, momentum: Tensor) -> dict[str, Tensor]:
+        """view1, view2 B C h w, normalised; momentum m of this step, a tensor of one number -> the loss, and to look
+        at: how many % of the queries are nearest to their own key (`top1`), the spread of the features."""
+        z1, z2 = features(self.base_encoder, view1, view2)                              # B D each
+        q1, q2 = (self.predictor(self.base_encoder.head(z)) for z in (z1, z2))          # B E each
+        with torch.no_grad():
+            self.follow(momentum)  # after the queries, before the keys: the official order
+            k1, k2 = (self.momentum_encoder.head(z) for z in features(self.momentum_encoder, view1, view2))
+        (loss1, top1), (loss2, top2) = (info_nce(q, k, self.temperature) for q, k in ((q1, k2), (q2, k1)))
+        return dict(loss=loss1 + loss2, top1=(top1 + top2) / 2, feature_std=spread(z1.detach()))
+
+    @torch.no_grad()
+    def follow(self, momentum: Tensor) -> None:
+        """slow = m slow + (1 - m) fast. Weights only: the slow BatchNorms keep running statistics of their own."""
+        for slow, fast in zip(self.momentum_encoder.parameters(), self.base_encoder.parameters(), strict=True):
+            slow.lerp_(fast, (1 - momentum).to(slow.dtype))
+
+
+def features(vit: ViT, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+    """Class tokens of both views, B D each. The ViT may take them in one batch; the heads must not, for their
+    BatchNorm would let the views see each other."""
+    return vit.features(torch.cat([view1, view2])).chunk(2)
+
+
+def info_nce(q: Tensor, k: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Queries and keys B E -> ctr(q, k) of this process's queries among the keys of all, and how many % are nearest
+    to their own key. The factor 2 tau takes the 1 / tau of the logits out of the gradient again."""
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in (q, k))
+        logits = q @ gather(k).T / temperature                                          # B M
+        own = torch.arange(len(q), device=q.device) + len(q) * (dist.get_rank() if dist.is_initialized() else 0)
+        return 2 * temperature * F.cross_entropy(logits, own), 100 * (logits.argmax(1) == own).float().mean()
+
+
+@torch.no_grad()
+def gather(x: Tensor) -> Tensor:
+    """B E of every process -> M E, in the order of the processes, without gradient."""
+    if not dist.is_initialized():
+        return x
+    every = x.new_empty(dist.get_world_size() * len(x), x.shape[1])
+    dist.all_gather_into_tensor(every, x.contiguous())
+    return every
+
+
+def spread(z: Tensor) -> Tensor:
+    """Deviation over the batch of features of length one, times the root of their number: 0 where all pictures look the
+    same to the network (collapse), 1 where they point in all directions alike."""
+    return F.normalize(z.float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear maps without bias, each followed by BatchNorm, and by ReLU but for the last, whose norm has no weights."""
+    layers = []
+    for number, (before, after) in enumerate(pairwise(widths), start=2):
+        last = number == len(widths)
+        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after, affine=not last)]
+        layers += [] if last else [nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def start_weights(vit: ViT) -> ViT:
+    """The official code's start, where it differs from MAE's: q, k and v drawn as three matrices, a class token and a
+    patch bias of (almost) zero, and the sin-cos table with the row before the column."""
+    for block in vit.blocks:
+        for part in block.attn.qkv.weight.data.chunk(3):
+            nn.init.xavier_uniform_(part)
+    nn.init.zeros_(vit.patch_embed.proj.bias)
+    nn.init.normal_(vit.cls_token, std=1e-6)
+    if vit.config["positions"] == "sincos":
+        vit.pos_embed.data = vit.pos_embed.data.roll(vit.width // 2, dims=2)
+    return vit
+
+
+def momentum_at(epoch: float, start: float, epochs: float) -> float:
+    """m: from `start` to 1 along half a cosine, without warmup."""
+    return 1 - (1 - start) / 2 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+# ---- what happens to the colours of a view: on the device, for a whole batch, each picture with numbers of its own
+
+COLOURS = 10  # a stream of chance beside those of vit.py
+NUMBERS = 13  # of it for a view: jitter, 4 strengths, 4 for their order, grey, blur, its deviation, solarize
+STRENGTH = np.array([0.4, 0.4, 0.2, 0.1], np.float32)  # of brightness, contrast, saturation, hue
+# Official values (main_moco.py): the two views differ in the probabilities of blur and solarization.
+BLUR, SOLARIZE = (1.0, 0.1), (0.0, 0.2)
+
+
+class Colours(NamedTuple):
+    """What to do with B pictures, in this order. On the host, which thus knows the rows without asking the device."""
+    order: np.ndarray     # B 4: adjustments (0 brightness, 1 contrast, 2 saturation, 3 hue) in their order; -1: none
+    factor: np.ndarray    # B 4: factors of the first three, shift of the hue in turns
+    grey: np.ndarray      # B: true or false
+    sigma: np.ndarray     # B: deviation of the Gaussian blur in pixels; 0: none
+    solarize: np.ndarray  # B: true or false
+
+
+def draw_colours(numbers: np.ndarray, view: int, blur: float) -> Colours:
+    """numbers B NUMBERS in [0, 1); view 0 or 1; blur: largest deviation in pixels, 0: none."""
+    jitter, strength, order, (grey, blurred, sigma, solarize) = np.split(numbers.T, [1, 5, 9])
+    return Colours(
+        order=np.where(jitter[0] < 0.8, order.argsort(0), -1).T,
+        factor=((2 * strength.T - 1) * STRENGTH + np.array([1, 1, 1, 0], np.float32)),
+        grey=grey < 0.2,
+        sigma=np.where(blurred < BLUR[view], 0.1 + (blur - 0.1) * sigma, 0) * (blur > 0),
+        solarize=solarize < SOLARIZE[view])
+
+
+def recolour(images: Tensor, colours: Colours) -> Tensor:
+    """B 3 h w in 0..1, changed in place. As torchvision's ColorJitter, RandomGrayscale and solarize, and as a Gaussian
+    blur, picture by picture; but no rounding to 255 levels in between."""
+    def sent(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(images.device, non_blocking=True)
+
+    def change(rows: np.ndarray, how: Callable[..., Tensor], *values: np.ndarray) -> None:
+        if rows.any():
+            index = sent(rows.nonzero()[0])
+            values = [sent(v[rows].astype(np.float32)).view(-1, 1, 1, 1) for v in values]
+            images.index_copy_(0, index, how(images.index_select(0, index), *values))
+
+    for place in range(4):  # the orders differ: at each place, every adjustment takes those pictures whose turn it is
+        for number, how in enumerate((brightness, contrast, saturation, hue)):
+            change(colours.order[:, place] == number, how, colours.factor[:, number])
+    change(colours.grey, lambda x: luma(x).expand_as(x))
+    change(colours.sigma > 0, gaussian_blur, colours.sigma)
+    change(colours.solarize, lambda x: torch.where(x < 0.5, x, 1 - x))  # 128 and more of 255
+    return images
+
+
+def luma(x: Tensor) -> Tensor:
+    """B 3 h w -> B 1 h w, the weights of ITU-R 601."""
+    return 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp_(0, 1)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(luma(x).mean((2, 3), keepdim=True), x, factor).clamp_(0, 1)
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(luma(x), x, factor).clamp_(0, 1)
+
+
+def hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue of HSV; its value (the largest channel) and chroma (largest - smallest) stay. Angles in turns."""
+    r, g, b = x.split(1, dim=1)
+    top = torch.maximum(torch.maximum(r, g), b)
+    chroma = top - torch.minimum(torch.minimum(r, g), b)
+    red, green = top == r, top == g
+    angle = torch.where(red, g - b, torch.where(green, b - r, r - g)) / (6 * chroma).clamp_(min=1e-8)
+    angle = angle + torch.where(red, 0.0, torch.where(green, 1 / 3, 2 / 3)) + shift
+    k = angle + (5 - 2 * torch.arange(3, device=x.device)).view(3, 1, 1) / 6                  # B 3 h w
+    k = 6 * (k - k.floor())  # a channel is lowest for a third of the circle, k from 1 to 3, and highest at 4 to 6
+    return top - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Blur with a deviation of its own for each image, sigma B 1 1 1 in pixels, the border repeated. Rows and columns
+    are two matrix products, faster than convolutions: row i of the matrix is a Gaussian around pixel i."""
+    def matrix(side: int) -> Tensor:
+        reach = torch.arange(-8, 9, device=x.device)  # four deviations of 2
+        weights = (-0.5 * (reach / sigma.flatten(1)) ** 2).softmax(1)                          # B 17
+        place = (torch.arange(side, device=x.device) + reach[:, None]).clamp(0, side - 1)     # 17 side
+        return (weights @ F.one_hot(place, side).flatten(1).float()).view(-1, 1, side, side)  # B 1 side side
+    return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).mT
+
+
+# -------------------------------------------------------------------- the recipe
+
+RECIPES = {
+    # MAE-Lite's ViT-Tiny (projects/mocov3/mocov3_exp.py); there the warmup starts at 1e-6, here at 0, and crops are
+    # bilinear, here bicubic. The official ViT-S and ViT-B (CONFIG.md of the official code) differ in --model small or
+    # base, --epochs 300, --batch-size 4096 and --freeze-patch.
+    "imagenet": dict(
+        model="tiny", image_size=224, hidden=4096, projection=256, temperature=0.2, momentum=0.99, freeze_patch=False,
+        crop_min=0.08, blur=2.0, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+        epochs=400, warmup_epochs=40, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.1),
+    # Ours: the network of this recipe of mae.py, so that the two can be compared; views, temperature and momentum are
+    # as for ImageNet, but without blur, which at 32 pixels takes away what is to be recognised.
+    "cifar": dict(
+        model="tiny", image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned",
+        hidden=4096, projection=256, temperature=0.2, momentum=0.99, freeze_patch=False,
+        crop_min=0.08, blur=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        epochs=1000, warmup_epochs=40, batch_size=512, micro_batch=512, blr=3e-4, min_lr=0.0, weight_decay=0.1),
+    # Ours: two minutes on two CPU cores.
+    "demo": dict(
+        model="demo", image_size=32, patch_size=8, hidden=256, projection=64, temperature=0.2, momentum=0.9,
+        freeze_patch=False, crop_min=0.2, blur=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        epochs=5.8, warmup_epochs=0.5, batch_size=128, micro_batch=128, blr=4e-3, min_lr=0.0, weight_decay=0.1),
+}
+OPTIONS = {
+    "method": {
+        "temperature": (float, "tau: how much the loss looks at the keys that are nearest"),
+        "momentum": (float, "m at the start, for the slow weights; it rises to 1 along half a cosine"),
+        "hidden": (int, "hidden width of projector and predictor"),
+        "projection": (int, "width of queries and keys"),
+        "freeze_patch": (bool, "leave the patch projection as it was drawn"),
+        "crop_min": (float, "smallest share of a picture's area in a random crop"),
+        "blur": (float, "largest deviation of the Gaussian blur in pixels, up to 2; 0: no blur"),
+    },
+}
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError for values that make no sense."""
+    for name, fits, expected in (
+            ("temperature", args.temperature > 0, "more than 0"), ("momentum", 0 <= args.momentum <= 1, "0 to 1"),
+            ("hidden", args.hidden > 0, "1 or more"), ("projection", args.projection > 0, "1 or more"),
+            ("crop_min", 0 < args.crop_min <= 1, "more than 0, up to 1"),
+            ("blur", args.blur == 0 or 0.1 <= args.blur <= 2, "0, or 0.1 to 2")):
+        if not fits:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
+
+
+def build(args: argparse.Namespace) -> MoCo:
+    """The model that the arguments describe, with weights drawn from --seed."""
+    torch.manual_seed(args.seed)
+    encoder = start_weights(ViT(**vit_options(args)))
+    return MoCo(encoder, args.hidden, args.projection, args.temperature, args.freeze_patch)
+
+
+def share_statistics(model: MoCo, args: argparse.Namespace, world: World) -> MoCo:
+    """The model with BatchNorms that see the whole batch; torch has these for GPUs alone, so on CPUs nothing changes.
+    Raises InputError if a process cannot hold its share of a batch at once."""
+    parts, share = parts_of_batch(args, world), args.batch_size // world.size
+    if parts > 1:
+        raise InputError(f"--batch-size {args.batch_size} with --micro-batch {args.micro_batch} would come in {parts} "
+                         f"parts, but every query meets the keys of the whole batch: raise --micro-batch to {share}, "
+                         "take more processes, or lower --batch-size")
+    if args.device == "cuda" and dist.is_initialized():
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if share < 2:
+        raise InputError(f"--batch-size {args.batch_size} leaves one image to a process: BatchNorm needs two")
+    if world.main and world.size > 1:
+        say(f"note: without GPUs there is no SyncBatchNorm: each process normalises over its own {share} images, so "
+            f"the losses are not those of one process with {args.batch_size}")
+    return model
+
+
+# -------------------------------------------------------------------- the run
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv, __doc__, RECIPES, OPTIONS)
+    world = start_processes(args)
+    images = open_images(args)
+    apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
+    check(args)
+    model = share_statistics(build(args), args, world)
+    out, checkpoint = open_run(args, world, "moco_v3")
+    wrapped = wrap(model, args, world)
+    encoder, config = model.base_encoder, dict(model.base_encoder.config, mean=list(args.mean), std=list(args.std))
+
+    steps = len(images) // args.batch_size
+    last, lr = round(args.epochs * steps), args.blr * args.batch_size / 256
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # As in the official code, biases, norms and the class token decay, too.
+    groups = [dict(params=trained, lr_scale=1.0, weight_decay=args.weight_decay)]
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=args.device == "cuda")
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    first = restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    normalize = normalizer(args.mean, args.std, world.device)
+    stream = batches(images, View(encoder.image_size, (args.crop_min, 1.0), count=2), args, world, first, last)
+    log = Log(args, out, world, stream, steps, first, last)
+    uniform_loss = torch.tensor(4 * args.temperature * math.log(args.batch_size), device=world.device)
+    if world.main:
+        say(f"MoCo v3, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, learning rate "
+            f"{lr:.3g}, {args.precision} on {world.size} x {args.device}, loss of a uniform guess {uniform_loss:.3f} "
+            f"-> {out}")
+
+    def save(step: int) -> None:
+        save_checkpoint(out, "moco_v3", step, model, config, optimizer, scaler, args)
+        weights = {name: value for name, value in encoder.state_dict().items() if not name.startswith("head.")}
+        write_file(dict(model=weights, config=config), out / "encoder.pth")
+
+    step = first
+    for step in range(first + 1, last + 1):
+        epoch = (step - 1) / steps
+        set_lr(optimizer, rate := cosine(epoch, lr, args.min_lr, args.warmup_epochs, args.epochs))
+        # A tensor, for --compile would make a plain number a part of the program, and compile it anew at every step.
+        momentum = torch.full((), momentum_at(epoch, args.momentum, args.epochs), dtype=torch.float64,
+                              device=world.device)
+        numbers = uniform((2, args.batch_size, NUMBERS), args.seed, COLOURS, step)[:, world.rows(args.batch_size)]
+        views = [recolour(pixels, draw_colours(numbers[view], view, args.blur))
+                 for view, pixels in enumerate(next(stream)[0].chunk(2))]               # B C h w each
+        if world.main and step == 1:
+            draw_views(views, out / "views.png")
+        with autocast(args):
+            losses = wrapped(*map(normalize, views), momentum)
+        scaler.scale(losses["loss"]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        loss = losses.pop("loss")
+        if log.step(step, rate, loss=loss, uniform_loss=uniform_loss, **losses, momentum=momentum):
+            break
+        if log.save_due():
+            save(step)
+    log.flush()
+    if world.main:
+        save(step)
+    log.close()
+    if world.main:
+        say(f"pairs of views: {out}/views.png\nnext:  python finetune.py --data {args.data} --init {out}/encoder.pth   "
+            "(--protocol knn or linear: without fine-tuning)")
+
+
+def draw_views(views: list[Tensor], path: Path) -> None:
+    """Writes 32 pairs of views: what the network is told to be the same."""
+    pairs = torch.stack(views, dim=1)[:32].flatten(0, 1)
+    try:
+        save_image(make_grid(pairs, padding=2, pad_value=1.0), path)
+    except OSError as error:  # no reason to end a training
+        say(f"warning: {path} cannot be written: {error}")
+
+
+if __name__ == "__main__":
+    launch(main)
