@@ -176,7 +176,7 @@ OPTIONS = {
     },
     "optimisation": {
         "optimizer": (str, "adamw, sgd (Nesterov momentum 0.9) or lars"),
-        "layer_decay": (float, "factor of the learning rate from block to block downwards; from scratch always 1"),
+        "layer_decay": (float, "factor of the learning rate from block to block downwards; from scratch 1"),
         "clip_grad": (float, "largest norm of the gradient; 0: any"),
     },
     "regularisation": {

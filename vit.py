@@ -417,10 +417,9 @@ COMMON_OPTIONS = {
         "weight_decay": (float, "weight decay of AdamW"),
     },
 }
-
-
+# Smallest and largest value of options, whichever script has them.
 SHARE, COUNT, NOT_NEGATIVE = (0, 1), (1, 2**62), (0, 2**62)
-RANGES = {  # of options, whichever script has them
+RANGES = {
     **dict.fromkeys(("crop_min", "mask_ratio", "drop_path", "teacher_drop_path", "smoothing", "erasing", "jitter"),
                     SHARE),
     **dict.fromkeys(("batch_size", "micro_batch", "width", "depth", "heads", "image_size", "patch_size", "log_every",
@@ -581,6 +580,7 @@ def wrap(model: nn.Module, args: Namespace, world: World) -> nn.Module:
 
 
 def autocast(args: Namespace) -> torch.autocast:
+    """Context of the forward pass: matrix products in the chosen precision, on the chosen device."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     return torch.autocast(args.device, dtype, enabled=dtype is not None)
 
@@ -763,7 +763,7 @@ class Packed(Images):
 class Files(Images):
     """Pictures in files. The names are one array of bytes: worker processes share it, and it costs its own size only.
 
-    names    relative to `root`, or None where `load` (a torchvision data set) has them
+    names    relative to `root`
     """
 
     def __init__(self, root: str, names: np.ndarray, labels: np.ndarray | None, classes: list[str] | None):
@@ -802,7 +802,7 @@ class Files(Images):
 
 
 class Named(Files):
-    """A data set of torchvision that gives PIL images; its labels are known without decoding or read with them."""
+    """Pictures of a data set of torchvision; `names` are their numbers there."""
 
     def __init__(self, dataset: Dataset, index: np.ndarray, labels: np.ndarray | None, classes: list[str]):
         self.dataset, self.names, self.labels, self.classes = dataset, index, labels, classes
