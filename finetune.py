@@ -10,8 +10,8 @@ small images, and the demo. The accuracy after the last epoch is the result; log
 
 Run    python finetune.py --init runs/mae-demo/encoder.pth                  after python mae.py
        python finetune.py                                                   the same from scratch
-       torchrun --nproc_per_node=8 finetune.py --data /imagenet --init runs/mae-imagenet/encoder.pth
-       python finetune.py --data /imagenet --init encoder.pth --protocol linear        or: knn
+       torchrun --standalone --nproc_per_node=8 finetune.py --data /imagenet --init runs/mae-imagenet/encoder.pth
+       python finetune.py --data /imagenet --init encoder.pth --protocol linear --batch-size 2048    or: knn
        python finetune.py --data /imagenet --init runs/finetune-imagenet/model.pth --eval
 Use    from finetune import LARS, knn_hits                              copy this file and vit.py
 Letters in shape comments: B images, C channels, D width, K classes, M training pictures
@@ -19,16 +19,18 @@ Letters in shape comments: B images, C channels, D width, K classes, M training 
 from argparse import Namespace
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit import (IMAGENET_MEAN, IMAGENET_STD, SIZES, Images, InputError, Log, View, ViT, World, apply_recipe,
-                 autocast, balanced, batches, cosine, evaluate, gradients_shared, in_order, launch, load_encoder,
-                 mixing, normalizer, open_images, open_run, param_groups, parse_args, parts_of_batch,
-                 print_result, random_erasing, read_encoder, recipe_for, reseed, restore, save_checkpoint, say,
-                 set_lr, start_processes, vit_options, wrap, write_file)
+from vit import (COMMON_OPTIONS, COUNT, IMAGENET_MEAN, IMAGENET_STD, NOT_NEGATIVE, SHARE, SIZES, Batches, Images,
+                 InputError, Log, View, ViT, World, apply_recipe, autocast, balanced, cosine, encoder_options,
+                 evaluate, gradients_shared, in_order, launch, load_checkpoint, load_encoder, mixing, normalizer,
+                 open_images, open_run, param_groups, parse_args, parts_of_batch, print_result, random_erasing,
+                 read_encoder, recipe_for, reseed, save_checkpoint, say, set_lr, start_processes, vit_options,
+                 wrap, write_file)
 
 # -------------------------------------------------------------------- the method
 
@@ -47,10 +49,8 @@ def build(args: Namespace, weights: tuple[dict, dict] | None, classes: int) -> t
                  if not name.startswith("head.") and reused(name, args.reuse)}
         if frozen and args.pool == "mean" and "norm.weight" in state:  # nothing could train a fresh fc_norm
             state.update({f"fc_norm.{name}": state[f"norm.{name}"] for name in ("weight", "bias")})
-        size = {name: value for name, value in config.items() if name not in ("mean", "std", "pool", "classes")}
         # TinyMIM gives the last block the teacher's heads in pre-training only (its models_vit.py).
-        size["last_heads"] = config["last_heads"] if frozen else None
-        size["image_size"] = args.image_size
+        size = encoder_options(config, image_size=args.image_size, last_heads=config["last_heads"] if frozen else None)
         model = ViT(**size, pool=args.pool, classes=classes, drop_path=args.drop_path)
         blocks = [f"blocks.{i}." for i in range(model.depth) if not reused(f"blocks.{i}.", args.reuse)]
         fresh = load_encoder(model, state, config, fresh=("head.", *blocks))
@@ -86,7 +86,8 @@ def scratch_init(model: ViT) -> None:
 class LARS(torch.optim.Optimizer):
     """Momentum SGD with layer-wise trust ratios (You et al., arXiv 1708.03888), for the linear probe.
 
-    For matrices g <- g * trust * |p| / |g|; vectors are not adapted. Then m <- momentum * m + g, p <- p - lr * m.
+    For matrices g <- g + weight_decay * p, then g <- g * trust * |p| / |g|; vectors get neither.
+    Then m <- momentum * m + g, p <- p - lr * m.
     """
 
     def __init__(self, parameters, lr: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
@@ -129,7 +130,7 @@ LIGHT = dict(
 # MAE's (FINETUNE.md and the arguments of main_finetune.py).
 FULL = dict(LIGHT, model="base", epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1, smoothing=0.1, mixup=0.8,
             cutmix=1.0, erasing=0.25, randaugment=9.0)
-# MAE's linear probe (main_linprobe.py): 16,384 images a batch, on fewer than eight GPUs as many as fit.
+# MAE's linear probe (main_linprobe.py). 16,384 images a batch need eight processes: on one give --batch-size 2048.
 PROBE = dict(LIGHT, optimizer="lars", pool="cls", epochs=90, warmup_epochs=10, batch_size=16384, micro_batch=2048,
              blr=0.1, min_lr=0.0, weight_decay=0.0, layer_decay=1.0, mixup=0.0, randaugment=0.0)
 # For arXiv 2402.03752's small images. The paper's fine-tuning is not known to us: these are our choices.
@@ -166,28 +167,28 @@ RECIPES = {
 }
 OPTIONS = {
     "method": {
-        "protocol": (str, "finetune, linear or knn [finetune]"),
-        "init": (str, "file of weights: encoder.pth of any of the scripts, or an official one; none: from scratch"),
-        "eval": (bool, "evaluate the classifier in --init, and nothing else"),
-        "labels": (int, "number of labelled training pictures, as many of each class; else all"),
-        "reuse": (int, "take only the first so many pre-trained blocks, the others start afresh"),
-        "pool": (str, "features: cls (class token) or mean (of the patches)"),
-        "eval_every": (int, "epochs between evaluations"),
+        "protocol": (str, ("finetune", "linear", "knn"), "finetune, linear or knn [finetune]"),
+        "init": (str, None, "weights: encoder.pth of any of the scripts, or an official file; without: from scratch"),
+        "eval": (bool, None, "evaluate the classifier in --init, and nothing else"),
+        "labels": (int, COUNT, "number of labelled training pictures, as many of each class; else all"),
+        "reuse": (int, NOT_NEGATIVE, "take only the first so many pre-trained blocks, the others start afresh"),
+        "pool": (str, ("cls", "mean"), "features: cls (class token) or mean (of the patches)"),
+        "eval_every": (int, COUNT, "epochs between evaluations"),
     },
     "optimisation": {
-        "optimizer": (str, "adamw, sgd (Nesterov momentum 0.9) or lars"),
-        "layer_decay": (float, "factor of the learning rate from block to block downwards; from scratch 1"),
-        "clip_grad": (float, "largest norm of the gradient; 0: any"),
+        "optimizer": (str, ("adamw", "sgd", "lars"), "adamw, sgd (Nesterov momentum 0.9) or lars"),
+        "layer_decay": (float, SHARE, "factor of the learning rate from block to block downwards; from scratch 1"),
+        "clip_grad": (float, NOT_NEGATIVE, "largest norm of the gradient; 0: any"),
     },
     "regularisation": {
-        "drop_path": (float, "rate of stochastic depth in the last block, growing from 0"),
-        "smoothing": (float, "of the labels"),
-        "mixup": (float, "alpha of MixUp; 0: none"),
-        "cutmix": (float, "alpha of CutMix; 0: none"),
-        "erasing": (float, "probability of random erasing"),
-        "randaugment": (float, "magnitude of timm's RandAugment, 0 to 10; 0: none"),
-        "crop_min": (float, "smallest share of a picture's area in a random crop"),
-        "centre": (float, "share of the shorter side that is seen in evaluation"),
+        "drop_path": (float, SHARE, "rate of stochastic depth in the last block, growing from 0"),
+        "smoothing": (float, SHARE, "of the labels"),
+        "mixup": (float, NOT_NEGATIVE, "alpha of MixUp; 0: none"),
+        "cutmix": (float, NOT_NEGATIVE, "alpha of CutMix; 0: none"),
+        "erasing": (float, SHARE, "probability of random erasing"),
+        "randaugment": (float, (0, 10), "magnitude of timm's RandAugment, 0 to 10; 0: none"),
+        "crop_min": (float, SHARE, "smallest share of a picture's area in a random crop"),
+        "centre": (float, (0.01, 1), "share of the shorter side that is seen in evaluation"),
     },
 }
 
@@ -195,8 +196,8 @@ OPTIONS = {
 def choose_recipe(args: Namespace, images: Images, weights: tuple[dict, dict] | None) -> str:
     """The recipe for the data, the protocol and, where the picture is large, the size of the network."""
     name = args.recipe or recipe_for(args, images)
-    if args.protocol == "linear" and f"{name}-linear" in RECIPES:
-        return f"{name}-linear"
+    if args.protocol == "linear":
+        return name if name.endswith("-linear") else f"{name.split('-')[0].replace('transfer', 'imagenet')}-linear"
     if args.recipe is None and name == "imagenet":
         width = weights[1]["width"] if weights else SIZES[args.model or "tiny"]["width"]
         sizes = {SIZES[size]["width"]: f"imagenet-{size}" for size in ("small", "base", "large", "huge")}
@@ -228,6 +229,8 @@ def main(argv: list[str] | None = None) -> None:
         agree(args, weights[1])
         args.image_size = args.image_size or weights[1]["image_size"]
         args.mean, args.std = weights[1]["mean"], weights[1]["std"]
+        if args.centre is None and max(np.atleast_1d(args.image_size)) > 224:
+            args.centre = 1.0  # as timm sees larger pictures whole
     val = open_images(args, "val", labels=True)
     if args.eval:
         apply_recipe(args, choose_recipe(args, val, weights), RECIPES)
@@ -256,14 +259,15 @@ def main(argv: list[str] | None = None) -> None:
     parts, steps = parts_of_batch(args, world), len(images) // args.batch_size
     if args.protocol == "linear" and parts > 1:
         raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs the whole share of a process at once; "
-                         f"lower it or raise --micro-batch {args.micro_batch}")
+                         f"give {args.micro_batch * world.size} or less, or raise --micro-batch to "
+                         f"{args.batch_size // world.size}")
     last, lr = round(args.epochs * steps), args.blr * args.batch_size / 256
     optimizer = make_optimizer(model, args, lr)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    first = restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     mix = mixing(args.mixup, args.cutmix, len(images.classes))
-    stream = batches(images, view, args, world, first, last)
-    log = Log(args, out, world, stream, steps, first, last)
+    loader = Batches(images, view, args, world, first, last)
+    log = Log(args, out, world, loader, steps, first, last)
     if world.main:
         say(f"{args.protocol}, recipe {recipe}: {len(images)} images of {len(images.classes)} classes, {last} steps of"
               f" {args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}\n"
@@ -278,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
         total = 0.0
         for part in range(1, parts + 1):
-            pixels, index = next(stream)
+            pixels, index = next(loader)
             labels = torch.from_numpy(images.labels[index]).to(world.device, non_blocking=True)
             reseed(args.seed, step, world.rank, part)  # for mixing, erasing and stochastic depth
             pixels = normalize(pixels)                                                  # B C h w
@@ -308,21 +312,14 @@ def main(argv: list[str] | None = None) -> None:
             if world.main:
                 save(step)  # an evaluation may take long, or meet a picture that cannot be read
             log.write(dict(step=step, **evaluate(model, val, centre, normalize, args, world)))
-    log.flush()
-    if world.main:
-        save(step)
-    log.close()
+    log.finish(save, step)  # a run stopped by a signal ends here
     result = evaluate(model, val, centre, normalize, args, world)
     log.write(dict(step=step, **result))
     print_result(result, world)
 
 
 def check(args: Namespace) -> None:
-    """Raises InputError for options that exclude each other or have no such value."""
-    for name, values in (("protocol", ("finetune", "linear", "knn")), ("pool", (None, "cls", "mean")),
-                         ("optimizer", (None, "adamw", "sgd", "lars"))):
-        if getattr(args, name) not in values:
-            raise InputError(f"--{name} {getattr(args, name)}: expected one of {', '.join(filter(None, values))}")
+    """Raises InputError for options that need another one."""
     if args.init is None and (args.eval or args.reuse is not None or args.protocol != "finetune"):
         raise InputError("--eval, --reuse, --protocol linear and knn need --init, the file with the weights")
 
@@ -331,8 +328,8 @@ def agree(args: Namespace, config: dict) -> None:
     """Raises InputError if a flag asks for another network than the one in the file."""
     if args.model is not None and SIZES[args.model]["width"] != config["width"]:
         raise InputError(f"--model {args.model}: the network in --init is {config['width']} wide")
-    for name in ("width", "depth", "heads", "mlp_ratio", "patch_size", "act", "qkv_bias"):
-        if getattr(args, name) not in (None, config[name]):
+    for name in COMMON_OPTIONS["model"]:
+        if name not in ("model", "image_size") and getattr(args, name) not in (None, config[name]):
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise InputError(f"{flag}: the network in --init has {config[name]}")
 
@@ -342,8 +339,8 @@ def load_classifier(args: Namespace, state: dict, config: dict, images: Images) 
     if config["classes"] != len(images.classes):
         raise InputError(f"--init {args.init} knows {config['classes']} classes, --data {args.data} has "
                          f"{len(images.classes)}")
-    size = {name: value for name, value in config.items() if name not in ("mean", "std")}
-    model = ViT(**{**size, "image_size": args.image_size})
+    size = encoder_options(config, image_size=args.image_size, pool=config["pool"], classes=config["classes"])
+    model = ViT(**size)
     if "head.1.weight" in state:
         model.head = probe_head(model.width, config["classes"])
     load_encoder(model, state, config, fresh=())
@@ -376,7 +373,8 @@ def knn(model: ViT, images: Images, val: Images, view: View, normalize: Callable
 
 
 def gathered(share: Tensor, total: int, world: World) -> Tensor:
-    """The rows of all processes; shares differ by one row at the most, so one is added for the way."""
+    """The rows of all processes, in the order of the pictures. Shares differ by at most one row; shorter ones are
+    padded for the exchange."""
     if world.size == 1:
         return share
     most = -(-total // world.size)

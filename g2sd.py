@@ -15,7 +15,7 @@ Run    python mae.py --width 128 --heads 8 --out runs/teacher                   
        python g2sd.py --teacher runs/teacher/last.pth                                    stage 1 -> runs/g2sd-demo
        python finetune.py --init runs/teacher/encoder.pth --out runs/teacher-classes     the teacher learns labels
        python g2sd.py --stage specific --init runs/g2sd-demo/encoder.pth --teacher runs/teacher-classes/model.pth
-       torchrun --nproc_per_node=8 g2sd.py --data /imagenet --teacher mae_pretrain_vit_base_full.pth
+       torchrun --standalone --nproc_per_node=8 g2sd.py --data /imagenet --teacher mae_pretrain_vit_base_full.pth
 Use    from g2sd import GenericStudent, SpecificStudent                                  copy this file and vit.py
 Letters in shape comments: B images, C channels, N patches, n kept patches, D encoder width, E decoder width,
        T width of the teacher's decoder, K classes
@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit import (COMMON_OPTIONS, MASKS, Block, Images, InputError, Log, View, ViT, World, apply_recipe, autocast,
-                 balanced, batches, cosine, evaluate, gradients_shared, init_linear, launch, load_encoder,
-                 load_file, mixing, normalizer, open_images, open_run, param_groups, parse_args, parts_of_batch,
-                 position_table, print_result, random_erasing, read_encoder, recipe_for, reseed, restore,
-                 save_checkpoint, say, set_lr, start_processes, take, uniform, vit_options, weights_of, wrap,
-                 write_file)
+from vit import (COMMON_OPTIONS, COUNT, MASKS, NOT_NEGATIVE, SHARE, Batches, Block, Images, InputError, Log, View,
+                 ViT, World, apply_recipe, autocast, balanced, cosine, decoder_sizes, drawn, encoder_options,
+                 evaluate, gradients_shared, init_linear, launch, load_checkpoint, load_encoder, load_file,
+                 mixing, normalizer, open_images, open_run, param_groups, parse_args, parts_of_batch,
+                 position_table, print_result, random_erasing, read_encoder, recipe_for, reseed, save_checkpoint,
+                 say, set_lr, start_processes, take, vit_options, weights_of, wrap, write_file)
 
 # -------------------------------------------------------------------- the method: generic stage
 
@@ -45,7 +45,7 @@ class MaskedViT(nn.Module):
 
     def __init__(self, encoder: ViT, decoder: tuple[int, int, int], mask_ratio: float = 0.75):
         super().__init__()
-        patches, (width, depth, heads) = encoder.grid[0] * encoder.grid[1], decoder
+        patches, (width, depth, heads) = encoder.patches, decoder
         self.keep = int(patches * (1 - mask_ratio))  # cut, not rounded: as in all official code
         if not 0 < self.keep < patches:
             raise InputError(f"mask ratio {mask_ratio} leaves {self.keep} of {patches} patches to see; give a value "
@@ -221,42 +221,40 @@ RECIPES = {
 STUDENTS = {"tiny": dict(heads=3, decoder="128x4x4"), "small": dict(heads=6, decoder="256x4x8")}
 OPTIONS = {
     "method": {
-        "stage": (str, "generic (no labels, the default) or specific (classification)"),
-        "teacher": (str, "generic: last.pth of mae.py, or an official MAE file with decoder; specific: model.pth of "
-                         "finetune.py, or an official fine-tuned file"),
-        "teacher_heads": (int, "heads of the teacher, where its file does not say"),
-        "crop_min": (float, "smallest share of a picture's area in a random crop"),
+        "stage": (str, ("generic", "specific"), "generic (no labels, the default) or specific (classification)"),
+        "teacher": (str, None, "generic: last.pth of mae.py, or an official MAE file with decoder; specific: model.pth "
+                               "of finetune.py, or an official fine-tuned file"),
+        "teacher_heads": (int, COUNT, "heads of the teacher, where its file does not say"),
+        "crop_min": (float, SHARE, "smallest share of a picture's area in a random crop"),
     },
     "generic stage": {
-        "decoder": (str, "WIDTHxBLOCKSxHEADS of the student's decoder, else by --model: tiny 128x4x4, small 256x4x8"),
-        "layer": (int, "block of the teacher's decoder that is imitated, counted from 1, else half way: 4 of 8"),
-        "tokens": (str, "tokens that are compared: all, masked or visible"),
-        "mask_ratio": (float, "share of the patches that is hidden from both, else that of the teacher's training"),
-        "teacher_decoder_heads": (int, "heads of the teacher's decoder, where its file does not say, else width / 32"),
+        "decoder": (str, None, "WIDTHxBLOCKSxHEADS of the student's decoder; tiny has 128x4x4, small 256x4x8"),
+        "layer": (int, COUNT, "block of the teacher's decoder that is imitated, counted from 1, else half way: 4 of 8"),
+        "tokens": (str, ("all", "masked", "visible"), "tokens that are compared: all, masked or visible"),
+        "mask_ratio": (float, SHARE, "share of the patches hidden from both, else as in the teacher's training"),
+        "teacher_decoder_heads": (int, COUNT, "heads of the teacher's decoder, else as its file says, or width / 32"),
     },
     "specific stage": {
-        "init": (str, "encoder.pth of the generic stage (or another pre-trained encoder); with --eval, model.pth"),
-        "eval": (bool, "evaluate the classifier in --init, and nothing else"),
-        "distillation": (str, "hard (the teacher's verdict, for a token and head of its own) or nkd"),
-        "labels": (int, "number of labelled training pictures, as many of each class; else all"),
-        "layer_decay": (float, "factor of the learning rate from block to block downwards"),
-        "drop_path": (float, "rate of stochastic depth in the last block, growing from 0"),
-        "smoothing": (float, "of the labels"),
-        "mixup": (float, "alpha of MixUp; 0: none"),
-        "cutmix": (float, "alpha of CutMix; 0: none"),
-        "erasing": (float, "probability of random erasing"),
-        "randaugment": (float, "magnitude of timm's RandAugment, 0 to 10; 0: none"),
-        "centre": (float, "share of the shorter side that is seen in evaluation"),
-        "eval_every": (int, "epochs between evaluations"),
+        "init": (str, None, "encoder.pth of the generic stage or another; with --eval, model.pth"),
+        "eval": (bool, None, "evaluate the classifier in --init, and nothing else"),
+        "distillation": (str, ("hard", "nkd"), "hard (the teacher's verdict, for a token and head of its own) or nkd"),
+        "labels": (int, COUNT, "number of labelled training pictures, as many of each class; else all"),
+        "layer_decay": (float, SHARE, "factor of the learning rate from block to block downwards"),
+        "drop_path": (float, SHARE, "rate of stochastic depth in the last block, growing from 0"),
+        "smoothing": (float, SHARE, "of the labels"),
+        "mixup": (float, NOT_NEGATIVE, "alpha of MixUp; 0: none"),
+        "cutmix": (float, NOT_NEGATIVE, "alpha of CutMix; 0: none"),
+        "erasing": (float, SHARE, "probability of random erasing"),
+        "randaugment": (float, (0, 10), "magnitude of timm's RandAugment, 0 to 10; 0: none"),
+        "centre": (float, (0.01, 1), "share of the shorter side that is seen in evaluation"),
+        "eval_every": (int, COUNT, "epochs between evaluations"),
     },
 }
 
 
 def check_stage(args: Namespace) -> None:
     """Raises InputError for options of the other stage, and names the command that makes a file that is not given."""
-    other = dict(generic="specific", specific="generic").get(args.stage)
-    if other is None:
-        raise InputError(f"--stage {args.stage}: expected generic or specific")
+    other = dict(generic="specific", specific="generic")[args.stage]
     foreign = [name for name in OPTIONS[f"{other} stage"] if getattr(args, name) is not None]
     if args.stage == "specific":  # a file may not know its heads; in training, positions are stretched to --image-size
         free = ("heads",) if args.eval else ("heads", "image_size")
@@ -266,8 +264,6 @@ def check_stage(args: Namespace) -> None:
                          + (", where the network comes from --init" if foreign[0] in COMMON_OPTIONS["model"] else ""))
     if args.recipe and args.recipe.endswith("-specific") and args.stage == "generic":
         raise InputError(f"--recipe {args.recipe} is one of --stage specific")
-    if args.distillation not in (None, "hard", "nkd"):
-        raise InputError(f"--distillation {args.distillation}: expected hard or nkd")
     size = "--width 128 --heads 8" if args.data == "shapes" else f"--data {args.data} --model base"
     if args.stage == "generic" and args.teacher is None:
         raise InputError("--teacher is missing: an MAE with its decoder. Make one by\n"
@@ -288,7 +284,7 @@ def load_mae(args: Namespace) -> tuple[MaskedViT, dict]:
 
     Raises InputError for a file without decoder, or unless all weights of both halves match.
     """
-    state, config = read_encoder(args.teacher, args.teacher_heads)
+    state, config = read_encoder(args.teacher, args.teacher_heads, "--teacher-heads")
     file = load_file(args.teacher)
     weights = weights_of(file)
     prefix = [name.removesuffix("decoder_embed.weight") for name in weights if name.endswith("decoder_embed.weight")]
@@ -305,8 +301,8 @@ def load_mae(args: Namespace) -> tuple[MaskedViT, dict]:
     depth = len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")})
     # Every decoder of MAE, MAE-Lite and G2SD has 32 channels to a head.
     heads = int(trained["decoder"].split("x")[2]) if trained.get("decoder") else max(1, width // 32)
-    teacher = MaskedViT(ViT(**{k: v for k, v in config.items() if k not in ("mean", "std", "pool", "classes")}),
-                        (width, depth, args.teacher_decoder_heads or heads), args.mask_ratio)
+    sizes = (width, depth, args.teacher_decoder_heads or heads)
+    teacher = MaskedViT(ViT(**encoder_options(config)), sizes, args.mask_ratio)
     load_encoder(teacher.encoder, state, config, fresh=())
     own = {name: value for name, value in teacher.state_dict().items() if not name.startswith("encoder.")}
     wrong = [name for name in own if name not in decoder or decoder[name].shape != own[name].shape]
@@ -320,13 +316,10 @@ def load_mae(args: Namespace) -> tuple[MaskedViT, dict]:
 
 def build_generic(args: Namespace, teacher: MaskedViT) -> GenericStudent:
     """The student that the arguments describe, with weights drawn from --seed."""
-    try:
-        width, blocks, heads = (int(number) for number in (args.decoder or "none").split("x"))
-    except ValueError:
-        raise InputError(f"--decoder {args.decoder} is not WIDTHxBLOCKSxHEADS, as 256x4x8"
-                         f" (there is a default for --model {' and '.join(STUDENTS)})") from None
+    if args.decoder is None:
+        raise InputError(f"--decoder WIDTHxBLOCKSxHEADS is needed: only {' and '.join(STUDENTS)} have a default")
     torch.manual_seed(args.seed)
-    student = GenericStudent(ViT(**vit_options(args)), (width, blocks, heads), teacher.decoder_embed.out_features,
+    student = GenericStudent(ViT(**vit_options(args)), decoder_sizes(args.decoder), teacher.decoder_embed.out_features,
                              args.mask_ratio, args.tokens)
     sizes = [(vit.image_size, vit.patch_size, vit.grid) for vit in (teacher.encoder, student.encoder)]
     if sizes[0] != sizes[1]:
@@ -338,10 +331,10 @@ def build_generic(args: Namespace, teacher: MaskedViT) -> GenericStudent:
     return student
 
 
-def load_trained(path: str, heads: int | None, images: Images, data: str) -> tuple[ViT, dict]:
+def load_trained(path: str, heads: int | None, flag: str, images: Images, data: str) -> tuple[ViT, dict]:
     """A classifier that this script or finetune.py wrote, or an official one, and its config. Raises InputError unless
     it knows as many classes as the data have."""
-    state, config = read_encoder(path, heads)
+    state, config = read_encoder(path, heads, flag)
     if config["classes"] != len(images.classes):
         knows = f"knows {config['classes']} classes" if config["classes"] else "is no classifier"
         raise InputError(f"{path} {knows}, but --data {data} has {len(images.classes)} classes")
@@ -359,9 +352,7 @@ def build_specific(args: Namespace, state: dict, config: dict, classes: int) -> 
         raise InputError(f"--init {args.init} is a classifier already, with {', '.join(known)}; give the encoder.pth "
                          "of the generic stage")
     torch.manual_seed(args.seed)
-    other = ("mean", "std", "pool", "classes", "last_heads")
-    size = {name: value for name, value in config.items() if name not in other}
-    size["image_size"] = args.image_size or config["image_size"]
+    size = encoder_options(config, image_size=args.image_size or config["image_size"], last_heads=None)
     student = SpecificStudent(args.distillation == "hard", **size, classes=classes, drop_path=args.drop_path)
     load_encoder(student, state, config, fresh=new)
     student.pos_embed.requires_grad_(True)  # fixed in the first stage, learned in this one
@@ -404,10 +395,10 @@ def generic(args: Namespace, world: World) -> None:
     groups = param_groups(model, args.weight_decay, undecayed=("encoder.pos_embed", "decoder_pos_embed"))
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=args.device == "cuda")
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    first = restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     normalize = normalizer(args.mean, args.std, world.device)
-    stream = batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
-    log = Log(args, out, world, stream, steps, first, last)
+    loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
+    log = Log(args, out, world, loader, steps, first, last)
     if world.main:
         say(f"G2SD generic, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, learning "
               f"rate {lr:.3g}, block {args.layer} of {len(teacher.decoder_blocks)} of the teacher's decoder, "
@@ -420,11 +411,10 @@ def generic(args: Namespace, world: World) -> None:
     step = first
     for step in range(first + 1, last + 1):
         set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
-        noise = uniform((args.batch_size, encoder.grid[0] * encoder.grid[1]), args.seed, MASKS, step)
-        noise = torch.from_numpy(noise[world.rows(args.batch_size)]).to(world.device, non_blocking=True)
+        noise = drawn(encoder.patches, MASKS, step, args, world)                        # rows N
         sums = {}
         for part, part_noise in enumerate(noise.chunk(parts), start=1):
-            pixels = normalize(next(stream)[0])                                         # B C h w
+            pixels = normalize(next(loader)[0])                                         # B C h w
             with gradients_shared(wrapped, now=part == parts):
                 with autocast(args):
                     target = generic_target(teacher, pixels, part_noise, args.layer)    # B 1+N T
@@ -439,14 +429,11 @@ def generic(args: Namespace, world: World) -> None:
             break
         if log.save_due():
             save(step)
-    log.flush()
-    if world.main:
-        save(step)
-    log.close()
+    log.finish(save, step)  # a run stopped by a signal ends here
     if world.main:
         say(f"next:  python finetune.py --data {args.data} --init {out}/encoder.pth\n"
-              f"or     python g2sd.py --stage specific --data {args.data} --init {out}/encoder.pth\n"
-              "       --teacher MODEL.pth, the teacher fine-tuned by finetune.py")
+            f"or     python g2sd.py --stage specific --data {args.data} --init {out}/encoder.pth --teacher MODEL.pth\n"
+            "       (MODEL.pth: the teacher, fine-tuned by finetune.py)")
 
 
 def specific(args: Namespace, world: World) -> None:
@@ -454,7 +441,7 @@ def specific(args: Namespace, world: World) -> None:
     images = val if args.eval else open_images(args, "train", labels=True)
     apply_recipe(args, (args.recipe or recipe_for(args, images)).removesuffix("-specific") + "-specific", RECIPES)
     if args.eval:
-        model, config = load_trained(args.init, args.heads, val, args.data)
+        model, config = load_trained(args.init, args.heads, "--heads", val, args.data)
         normalize = normalizer(config["mean"], config["std"], world.device)
         view = View(model.image_size, centre=args.centre)
         print_result(evaluate(model.to(world.device), val, view, normalize, args, world), world)
@@ -462,7 +449,7 @@ def specific(args: Namespace, world: World) -> None:
     state, config = read_encoder(args.init, args.heads)
     args.mean, args.std = config["mean"], config["std"]
     model = build_specific(args, state, config, len(images.classes))
-    teacher, its = load_trained(args.teacher, args.teacher_heads, images, args.data)
+    teacher, its = load_trained(args.teacher, args.teacher_heads, "--teacher-heads", images, args.data)
     for what, a, b in (("image size", teacher.image_size, model.image_size), ("pixel mean", its["mean"], args.mean),
                        ("pixel deviation", its["std"], args.std)):
         if list(a) != list(b):
@@ -479,13 +466,13 @@ def specific(args: Namespace, world: World) -> None:
     groups = param_groups(model, args.weight_decay, ("cls_token", "pos_embed"), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=args.device == "cuda")
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    first = restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     normalize = normalizer(args.mean, args.std, world.device)
     view = View(model.image_size, (args.crop_min, 1.0), randaugment=args.randaugment)
     centre = View(model.image_size, centre=args.centre)
     mix = mixing(args.mixup, args.cutmix, len(images.classes))
-    stream = batches(images, view, args, world, first, last)
-    log = Log(args, out, world, stream, steps, first, last)
+    loader = Batches(images, view, args, world, first, last)
+    log = Log(args, out, world, loader, steps, first, last)
     if world.main:
         say(f"G2SD specific, recipe {args.recipe}: {len(images)} images of {len(images.classes)} classes, {last} "
               f"steps of {args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} "
@@ -500,7 +487,7 @@ def specific(args: Namespace, world: World) -> None:
         set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
         sums = {}
         for part in range(1, parts + 1):
-            pixels, index = next(stream)
+            pixels, index = next(loader)
             labels = torch.from_numpy(images.labels[index]).to(world.device, non_blocking=True)
             reseed(args.seed, step, world.rank, part)  # for mixing, erasing and stochastic depth
             pixels = normalize(pixels)                                                  # B C h w
@@ -529,10 +516,7 @@ def specific(args: Namespace, world: World) -> None:
             if world.main:
                 save(step)  # an evaluation may take long, or meet a picture that cannot be read
             log.write(dict(step=step, **evaluate(model, val, centre, normalize, args, world)))
-    log.flush()
-    if world.main:
-        save(step)
-    log.close()
+    log.finish(save, step)  # a run stopped by a signal ends here
     result = evaluate(model, val, centre, normalize, args, world)
     log.write(dict(step=step, **result))
     print_result(result, world)

@@ -12,7 +12,7 @@ With --recipe cifar, the small-image variant of Tan, arXiv 2402.03752: visible p
 
 Run    python mae.py                                          generated shapes, two minutes on a laptop
        python mae.py --data /imagenet                         one GPU, or the CPU
-       torchrun --nproc_per_node=8 mae.py --data /imagenet    eight GPUs
+       torchrun --standalone --nproc_per_node=8 mae.py --data /imagenet    eight GPUs
        python mae.py --data /imagenet --teacher mae_pretrain_vit_base.pth
 Use    from mae import MaskedAutoencoder                      copy this file and vit.py
 Letters in shape comments: B images, C channels, p patch side, N patches, n kept patches, L = 1 + n tokens,
@@ -28,11 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from vit import (IMAGENET_MEAN, IMAGENET_STD, MASKS, Block, Images, InputError, Log, View, ViT, World,
-                 apply_recipe, autocast, batches, cosine, gradients_shared, in_order, init_linear, launch,
-                 layer_norm, load_encoder, normalizer, open_images, open_run, param_groups, parse_args,
-                 parts_of_batch, position_table, read_encoder, recipe_for, relation, restore, save_checkpoint,
-                 say, set_lr, start_processes, take, uniform, vit_options, wrap, write_file)
+from vit import (COUNT, IMAGENET_MEAN, IMAGENET_STD, MASKS, NOT_NEGATIVE, SHARE, Batches, Block, Images,
+                 InputError, Log, View, ViT, World, apply_recipe, autocast, cosine, decoder_sizes, drawn,
+                 encoder_options, gradients_shared, in_order, init_linear, launch, layer_norm, load_checkpoint,
+                 load_encoder, normalizer, open_images, open_run, param_groups, parse_args, parts_of_batch,
+                 position_table, read_encoder, recipe_for, relation, save_checkpoint, say, set_lr,
+                 start_processes, take, uniform, vit_options, wrap, write_file)
 
 # -------------------------------------------------------------------- the method
 
@@ -46,7 +47,7 @@ class MaskedViT(nn.Module):
 
     def __init__(self, encoder: ViT, decoder: tuple[int, int, int], mask_ratio: float = 0.75):
         super().__init__()
-        patches, (width, depth, heads) = encoder.grid[0] * encoder.grid[1], decoder
+        patches, (width, depth, heads) = encoder.patches, decoder
         self.keep = int(patches * (1 - mask_ratio))  # cut, not rounded: as in all official code
         if not 0 < self.keep < patches:
             raise InputError(f"mask ratio {mask_ratio} leaves {self.keep} of {patches} patches to see; give a value "
@@ -103,7 +104,7 @@ class MaskedAutoencoder(MaskedViT):
     def forward(self, images: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """images B C h w, normalised; noise B N in 0..1, else drawn here -> {"loss": mean squared error}."""
         if noise is None:
-            noise = torch.rand(len(images), self.encoder.grid[0] * self.encoder.grid[1], device=images.device)
+            noise = torch.rand(len(images), self.encoder.patches, device=images.device)
         z, restore = self.encode(images, noise)
         return dict(loss=self.reconstruction_loss(images, self.predict(z, restore), restore >= self.keep))
 
@@ -227,18 +228,18 @@ RECIPES = {
 DECODERS = {"demo": "64x1x2", "tiny": "96x1x3", "small": "192x1x6"}
 OPTIONS = {
     "method": {
-        "mask_ratio": (float, "share of the patches that is hidden"),
-        "norm_pix": (bool, "compare with pixels normalised within each patch"),
-        "visible_weight": (float, "weight of the error on visible patches"),
-        "decoder": (str, "WIDTHxBLOCKSxHEADS of the decoder; else by --model: tiny 96x1x3, small 192x1x6, base and "
-                         "larger 512x8x16"),
-        "crop_min": (float, "smallest share of a picture's area in a random crop"),
+        "mask_ratio": (float, SHARE, "share of the patches that is hidden"),
+        "norm_pix": (bool, None, "compare with pixels normalised within each patch"),
+        "visible_weight": (float, NOT_NEGATIVE, "weight of the error on visible patches"),
+        "decoder": (str, None, "WIDTHxBLOCKSxHEADS of the decoder; else by --model: tiny 96x1x3, small 192x1x6, base "
+                               "and larger 512x8x16"),
+        "crop_min": (float, SHARE, "smallest share of a picture's area in a random crop"),
     },
     "distillation (D-MAE)": {
-        "teacher": (str, "file of a pre-trained MAE encoder: ours or an official one"),
-        "teacher_heads": (int, "heads of the teacher, where its file does not say"),
-        "distill_layers": (str, "blocks whose scores are compared, counted from 1, as 6,12; else the last"),
-        "distill_weight": (float, "weight of the attention term"),
+        "teacher": (str, None, "file of a pre-trained MAE encoder: ours or an official one"),
+        "teacher_heads": (int, COUNT, "heads of the teacher, where its file does not say"),
+        "distill_layers": (str, None, "blocks whose scores are compared, counted from 1, as 6,12; else the last"),
+        "distill_weight": (float, NOT_NEGATIVE, "weight of the attention term"),
     },
 }
 
@@ -247,11 +248,7 @@ def build(args: Namespace, teacher: ViT | None) -> MaskedAutoencoder:
     """The model that the arguments describe, with weights drawn from --seed."""
     torch.manual_seed(args.seed)
     encoder = ViT(**vit_options(args))
-    try:
-        decoder = tuple(int(number) for number in args.decoder.split("x"))
-        width, blocks, heads = decoder
-    except ValueError:
-        raise InputError(f"--decoder {args.decoder} is not WIDTHxBLOCKSxHEADS, as 96x1x3") from None
+    decoder = decoder_sizes(args.decoder)
     options = dict(mask_ratio=args.mask_ratio, norm_pix=args.norm_pix, visible_weight=args.visible_weight)
     if teacher is None:
         return MaskedAutoencoder(encoder, decoder, **options)
@@ -279,8 +276,7 @@ def load_teacher(args: Namespace, device: torch.device) -> tuple[ViT, Callable[[
     if args.teacher is None:
         return None, None
     state, config = read_encoder(args.teacher, args.teacher_heads, "--teacher-heads")
-    size = {name: value for name, value in config.items() if name not in ("mean", "std", "pool", "classes")}
-    teacher = ViT(**{**size, "image_size": args.image_size})
+    teacher = ViT(**encoder_options(config, image_size=args.image_size))
     load_encoder(teacher, state, config, fresh=("norm.",))  # scores are taken before the final norm
     return teacher.to(device).eval().requires_grad_(False), normalizer(config["mean"], config["std"], device)
 
@@ -306,10 +302,10 @@ def main(argv: list[str] | None = None) -> None:
     groups = param_groups(model, args.weight_decay, undecayed=("encoder.pos_embed", "decoder_pos_embed"))
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=args.device == "cuda")
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    first = restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     normalize = normalizer(args.mean, args.std, world.device)
-    stream = batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
-    log = Log(args, out, world, stream, steps, first, last)
+    loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
+    log = Log(args, out, world, loader, steps, first, last)
     if world.main:
         say(f"{'D-MAE' if teacher else 'MAE'}, recipe {args.recipe}: {len(images)} images, {last} steps of "
               f"{args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}")
@@ -321,11 +317,10 @@ def main(argv: list[str] | None = None) -> None:
     step = first
     for step in range(first + 1, last + 1):
         set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
-        noise = uniform((args.batch_size, encoder.grid[0] * encoder.grid[1]), args.seed, MASKS, step)
-        noise = torch.from_numpy(noise[world.rows(args.batch_size)]).to(world.device, non_blocking=True)
+        noise = drawn(encoder.patches, MASKS, step, args, world)                        # rows N
         sums = {}
         for part, part_noise in enumerate(noise.chunk(parts), start=1):
-            pixels = next(stream)[0]                                                    # B C h w, in 0..1
+            pixels = next(loader)[0]                                                    # B C h w, in 0..1
             with gradients_shared(wrapped, now=part == parts):
                 with autocast(args):
                     goal = [teacher_scores(model, teacher, teacher_normalize(pixels), part_noise)] if teacher else []
@@ -343,15 +338,12 @@ def main(argv: list[str] | None = None) -> None:
         if world.main and step % max(1, last // 10) == 0:
             score = draw(model, images, normalize, args, world, out / f"pictures/{step:07d}.png")
             log.write(dict(step=step, **score))
-    log.flush()
-    if world.main:
-        save(step)
-    log.close()
+    log.finish(save, step)  # a run stopped by a signal ends here
     if world.main:
         score = draw(model, images, normalize, args, world, out / "reconstruction.png")
-        free = "patch means" if args.norm_pix else "the mean of the visible patches"
-        say(f"squared error on hidden pixels {score['masked_mse']:.4f}, of {free} alone {score['baseline_mse']:.4f}: "
-              f"{out}/reconstruction.png\nnext:  python finetune.py --data {args.data} --init {out}/encoder.pth")
+        free = "each hidden patch its true mean" if args.norm_pix else "hidden patches the mean of the visible ones"
+        say(f"squared error on hidden pixels {score['masked_mse']:.4f}; painting {free}: {score['baseline_mse']:.4f}\n"
+            f"{out}/reconstruction.png\nnext:  python finetune.py --data {args.data} --init {out}/encoder.pth")
 
 
 @torch.no_grad()
@@ -368,7 +360,7 @@ def draw(model: MaskedAutoencoder, images: Images, normalize: Callable, args: Na
     alone, size, p = World(0, 1, world.device), model.encoder.image_size, model.encoder.patch_size
     some = images.subset(np.linspace(0, len(images) - 1, 64).astype(int))
     pixels = torch.cat([pixels for pixels, _ in in_order(some, View(size), args, alone, strict=False)])       # B C h w
-    noise = uniform((len(pixels), model.encoder.grid[0] * model.encoder.grid[1]), args.seed, MASKS, 0)
+    noise = uniform((len(pixels), model.encoder.patches), args.seed, MASKS, 0)
     with autocast(args):
         painted, hidden = model.reconstruct(normalize(pixels), torch.from_numpy(noise).to(world.device))
     mean, std = (torch.tensor(value, device=world.device).view(-1, 1, 1) for value in (args.mean, args.std))

@@ -12,13 +12,13 @@ The keys k_j are those of the whole batch, on all processes. A network that know
 
 Run    python moco_v3.py                                          generated shapes, two minutes on a laptop
        python moco_v3.py --data /imagenet                         one GPU
-       torchrun --nproc_per_node=8 moco_v3.py --data /imagenet    eight GPUs
+       torchrun --standalone --nproc_per_node=8 moco_v3.py --data /imagenet    eight GPUs
 Use    from moco_v3 import MoCo, start_weights, recolour          copy this file and vit.py
 Letters in shape comments: B images of this process, M images of all processes, D encoder width, E projected width
 """
-import argparse
 import copy
 import math
+from argparse import Namespace
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -31,9 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from vit import (IMAGENET_MEAN, IMAGENET_STD, InputError, Log, View, ViT, World, apply_recipe, autocast, batches,
-                 cosine, launch, normalizer, open_images, open_run, parse_args, parts_of_batch, recipe_for, restore,
-                 save_checkpoint, say, set_lr, start_processes, uniform, vit_options, wrap, write_file)
+from vit import (COUNT, IMAGENET_MEAN, IMAGENET_STD, SHARE, Batches, InputError, Log, View, ViT, World,
+                 apply_recipe, autocast, cosine, launch, load_checkpoint, normalizer, open_images, open_run,
+                 parse_args, parts_of_batch, recipe_for, save_checkpoint, say, set_lr, start_processes, uniform,
+                 vit_options, wrap, write_file)
 
 # -------------------------------------------------------------------- the method
 
@@ -252,36 +253,25 @@ RECIPES = {
 }
 OPTIONS = {
     "method": {
-        "temperature": (float, "tau: how much the loss looks at the keys that are nearest"),
-        "momentum": (float, "m at the start, for the slow weights; it rises to 1 along half a cosine"),
-        "hidden": (int, "hidden width of projector and predictor"),
-        "projection": (int, "width of queries and keys"),
-        "freeze_patch": (bool, "leave the patch projection as it was drawn"),
-        "crop_min": (float, "smallest share of a picture's area in a random crop"),
-        "blur": (float, "largest deviation of the Gaussian blur in pixels, up to 2; 0: no blur"),
+        "temperature": (float, (1e-6, 1e6), "tau: how much the loss looks at the keys that are nearest"),
+        "momentum": (float, SHARE, "m at the start, for the slow weights; it rises to 1 along half a cosine"),
+        "hidden": (int, COUNT, "hidden width of projector and predictor"),
+        "projection": (int, COUNT, "width of queries and keys"),
+        "freeze_patch": (bool, None, "leave the patch projection as it was drawn"),
+        "crop_min": (float, (0.001, 1), "smallest share of a picture's area in a random crop"),
+        "blur": (float, (0, 2), "largest deviation of the Gaussian blur in pixels, up to 2; 0: no blur"),
     },
 }
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises InputError for values that make no sense."""
-    for name, fits, expected in (
-            ("temperature", args.temperature > 0, "more than 0"), ("momentum", 0 <= args.momentum <= 1, "0 to 1"),
-            ("hidden", args.hidden > 0, "1 or more"), ("projection", args.projection > 0, "1 or more"),
-            ("crop_min", 0 < args.crop_min <= 1, "more than 0, up to 1"),
-            ("blur", args.blur == 0 or 0.1 <= args.blur <= 2, "0, or 0.1 to 2")):
-        if not fits:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
-
-
-def build(args: argparse.Namespace) -> MoCo:
+def build(args: Namespace) -> MoCo:
     """The model that the arguments describe, with weights drawn from --seed."""
     torch.manual_seed(args.seed)
     encoder = start_weights(ViT(**vit_options(args)))
     return MoCo(encoder, args.hidden, args.projection, args.temperature, args.freeze_patch)
 
 
-def share_statistics(model: MoCo, args: argparse.Namespace, world: World) -> MoCo:
+def share_statistics(model: MoCo, args: Namespace, world: World) -> MoCo:
     """The model with BatchNorms that see the whole batch; torch has these for GPUs alone, so on CPUs nothing changes.
     Raises InputError if a process cannot hold its share of a batch at once."""
     parts, share = parts_of_batch(args, world), args.batch_size // world.size
@@ -289,10 +279,10 @@ def share_statistics(model: MoCo, args: argparse.Namespace, world: World) -> MoC
         raise InputError(f"--batch-size {args.batch_size} with --micro-batch {args.micro_batch} would come in {parts} "
                          f"parts, but every query meets the keys of the whole batch: raise --micro-batch to {share}, "
                          "take more processes, or lower --batch-size")
-    if args.device == "cuda" and dist.is_initialized():
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if share < 2:
         raise InputError(f"--batch-size {args.batch_size} leaves one image to a process: BatchNorm needs two")
+    if args.device == "cuda" and dist.is_initialized():
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if world.main and world.size > 1:
         say(f"note: without GPUs there is no SyncBatchNorm: each process normalises over its own {share} images, so "
             f"the losses are not those of one process with {args.batch_size}")
@@ -307,7 +297,6 @@ def main(argv: list[str] | None = None) -> None:
     world = start_processes(args)
     images = open_images(args)
     apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
-    check(args)
     model = share_statistics(build(args), args, world)
     out, checkpoint = open_run(args, world, "moco_v3")
     wrapped = wrap(model, args, world)
@@ -320,10 +309,10 @@ def main(argv: list[str] | None = None) -> None:
     groups = [dict(params=trained, lr_scale=1.0, weight_decay=args.weight_decay)]
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=args.device == "cuda")
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    first = restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     normalize = normalizer(args.mean, args.std, world.device)
-    stream = batches(images, View(encoder.image_size, (args.crop_min, 1.0), count=2), args, world, first, last)
-    log = Log(args, out, world, stream, steps, first, last)
+    loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0), count=2), args, world, first, last)
+    log = Log(args, out, world, loader, steps, first, last)
     uniform_loss = torch.tensor(4 * args.temperature * math.log(args.batch_size), device=world.device)
     if world.main:
         say(f"MoCo v3, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, learning rate "
@@ -344,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
                               device=world.device)
         numbers = uniform((2, args.batch_size, NUMBERS), args.seed, COLOURS, step)[:, world.rows(args.batch_size)]
         views = [recolour(pixels, draw_colours(numbers[view], view, args.blur))
-                 for view, pixels in enumerate(next(stream)[0].chunk(2))]               # B C h w each
+                 for view, pixels in enumerate(next(loader)[0].chunk(2))]               # B C h w each
         if world.main and step == 1:
             draw_views(views, out / "views.png")
         with autocast(args):
@@ -359,13 +348,10 @@ def main(argv: list[str] | None = None) -> None:
             break
         if log.save_due():
             save(step)
-    log.flush()
-    if world.main:
-        save(step)
-    log.close()
+    log.finish(save, step)  # a run stopped by a signal ends here
     if world.main:
         say(f"pairs of views: {out}/views.png\nnext:  python finetune.py --data {args.data} --init {out}/encoder.pth   "
-            "(--protocol knn or linear: without fine-tuning)")
+            "(without fine-tuning: --protocol knn --pool cls, or linear)")
 
 
 def draw_views(views: list[Tensor], path: Path) -> None:

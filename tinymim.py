@@ -14,8 +14,8 @@ ImageNet-1K, fine-tuned, table 8: T 75.8, S 83.0, B 85.0 % (MAE: 71.6, 80.6, 83.
 
 Run    python mae.py --width 128 --heads 8 --out runs/teacher        a teacher for the generated shapes, then
        python tinymim.py --teacher runs/teacher/encoder.pth          two minutes on a laptop
-       torchrun --nproc_per_node=8 tinymim.py --data /imagenet --model base --teacher mae_pretrain_vit_large.pth
-       torchrun --nproc_per_node=8 tinymim.py --data /imagenet --model small --teacher runs/tinymim-imagenet/encoder.pth
+       torchrun --standalone --nproc_per_node=8 tinymim.py --data /imagenet --model base \
+           --teacher mae_pretrain_vit_large.pth                      L -> B; its encoder.pth teaches S, and so on
 Use    from tinymim import TinyMIM                                   copy this file and vit.py
 Letters in shape comments: B images, C channels, p patch side, N patches, n kept patches, L = 1 + N or 1 + n tokens,
        D width, E decoder width, H heads, d = D / H
@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit import (IMAGENET_MEAN, IMAGENET_STD, MASKS, Block, InputError, Log, View, ViT, apply_recipe, autocast,
-                 batches, cosine, gradients_shared, init_linear, launch, layer_norm, load_encoder, normalizer,
+from vit import (COUNT, IMAGENET_MEAN, IMAGENET_STD, MASKS, NOT_NEGATIVE, SHARE, Batches, Block, InputError, Log,
+                 View, ViT, apply_recipe, autocast, cosine, decoder_sizes, drawn, encoder_options,
+                 gradients_shared, init_linear, launch, layer_norm, load_checkpoint, load_encoder, normalizer,
                  open_images, open_run, param_groups, parse_args, parts_of_batch, position_table, read_encoder,
-                 recipe_for, relation, reseed, restore, save_checkpoint, say, set_lr, start_processes, take,
-                 uniform, vit_options, wrap, write_file)
+                 recipe_for, relation, reseed, save_checkpoint, say, set_lr, start_processes, take, vit_options,
+                 wrap, write_file)
 
 # -------------------------------------------------------------------- the method
 
@@ -145,7 +146,7 @@ class TinyMIMStudy(TinyMIM):
     def __init__(self, encoder: ViT, teacher_width: int, targets: list[str], softmax: bool = True,
                  mask_ratio: float = 0.0, mim_weight: float = 0.0, decoder: tuple[int, int, int] = (512, 8, 16)):
         super().__init__(encoder)
-        patches = encoder.grid[0] * encoder.grid[1]
+        patches = encoder.patches
         self.keep = int(patches * (1 - mask_ratio))
         if (mask_ratio and not 0 < self.keep < patches) or (mim_weight and not mask_ratio):
             raise InputError(f"mask ratio {mask_ratio} leaves {self.keep} of {patches} patches to see: give a value "
@@ -235,7 +236,7 @@ class PixelDecoder(nn.Module):
         target = full_precision(F.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2))
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         hidden = restore >= z.shape[1] - 1
-        return (full_precision(y) - target).square().mean(-1)[hidden].mean()
+        return ((full_precision(y) - target).square().mean(-1) * hidden).sum() / hidden.sum()
 
 
 def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -277,28 +278,28 @@ HEADS = {"tiny": 6, "small": 6, "base": 12}
 DECODERS = {"demo": "64x1x2", "tiny": "96x1x3", "small": "192x1x6"}
 # What makes a teacher for each recipe.
 TEACHERS = {
-    "imagenet": "torchrun --nproc_per_node=8 mae.py --data {data} --model base --out runs/teacher",
+    "imagenet": "torchrun --standalone --nproc_per_node=8 mae.py --data {data} --model base --out runs/teacher",
     "cifar": "python mae.py --data {data} --recipe cifar --model small --out runs/teacher",
     "demo": "python mae.py --width 128 --heads 8 --out runs/teacher",
 }
 STUDENT_VIEW = 10  # stream of chance for the jitter
 OPTIONS = {
     "method": {
-        "teacher": (str, "file of a pre-trained encoder: of mae.py, of this script, or an official one"),
-        "teacher_heads": (int, "heads of the teacher, where its file does not say"),
-        "teacher_last_heads": (int, "heads of the teacher's last block, if other than its file says (the authors' "
-                               "TinyMIM-B: distilled with 16, read by their code with 12)"),
-        "teacher_block": (int, "block of the teacher that is imitated, counted from 1; else 18 of 24, or the last"),
-        "jitter": (float, "strength of the student's colour jitter, 0 to 1"),
-        "drop_path": (float, "rate of stochastic depth in all blocks of the student but the last"),
-        "crop_min": (float, "smallest share of a picture's area in a random crop"),
+        "teacher": (str, None, "file of a pre-trained encoder: of mae.py, of this script, or an official one"),
+        "teacher_heads": (int, COUNT, "heads of the teacher, where its file does not say"),
+        "teacher_last_heads": (int, COUNT, "heads of the teacher's last block, if other than its file says (the "
+                               "authors' TinyMIM-B: distilled with 16, read by their code with 12)"),
+        "teacher_block": (int, COUNT, "block of the teacher that is imitated, from 1; else 18 of 24, or the last"),
+        "jitter": (float, SHARE, "strength of the student's colour jitter, 0 to 1"),
+        "drop_path": (float, SHARE, "rate of stochastic depth in all blocks of the student but the last"),
+        "crop_min": (float, SHARE, "smallest share of a picture's area in a random crop"),
     },
     "study (sec. 3.1 of the paper)": {
-        "target": (str, f"what is compared, joined by +: {', '.join(TARGETS)}"),
-        "softmax": (bool, "compare relations by the divergence of their softmax; else by the error of the scores"),
-        "mask_ratio": (float, "share of the patches that neither student nor teacher sees"),
-        "mim_weight": (float, "weight of a masked autoencoder's loss beside; needs --mask-ratio"),
-        "teacher_drop_path": (float, "rate of stochastic depth in the teacher's blocks before the imitated one"),
+        "target": (str, None, f"what is compared, joined by +: {', '.join(TARGETS)}"),
+        "softmax": (bool, None, "compare relations by the divergence of their softmax, else the scores"),
+        "mask_ratio": (float, SHARE, "share of the patches that neither student nor teacher sees"),
+        "mim_weight": (float, NOT_NEGATIVE, "weight of a masked autoencoder's loss beside; needs --mask-ratio"),
+        "teacher_drop_path": (float, SHARE, "rate of stochastic depth in the teacher's blocks before the imitated one"),
     },
 }
 
@@ -327,8 +328,7 @@ def load_teacher(args: Namespace, device: torch.device) -> tuple[ViT, int, Calla
     number = args.teacher_block if args.teacher_block is not None else 18 if depth == 24 else depth
     if not 1 <= number <= depth:
         raise InputError(f"--teacher-block {number}: {args.teacher} has blocks 1 to {depth}")
-    size = {name: value for name, value in config.items() if name not in ("mean", "std", "pool", "classes")}
-    size.update(image_size=side, last_heads=args.teacher_last_heads or config["last_heads"])
+    size = encoder_options(config, image_size=side, last_heads=args.teacher_last_heads or config["last_heads"])
     teacher = ViT(**size, drop_path=[args.teacher_drop_path if i < number else 0.0 for i in range(1, depth + 1)])
     to_the_end = any(TARGETS[name] == 3 for name in args.target.split("+"))
     load_encoder(teacher, state, config, fresh=() if to_the_end else ("norm.",))
@@ -347,7 +347,7 @@ def build(args: Namespace, teacher: ViT, number: int) -> TinyMIM:
     encoder = ViT(**size, drop_path=[args.drop_path] * (size["depth"] - 1) + [0.0])
     if targets == ["qk", "vv"] and args.softmax and not args.mask_ratio and not args.mim_weight:
         return TinyMIM(encoder)
-    decoder = tuple(map(int, DECODERS.get(args.model, "512x8x16").split("x")))
+    decoder = decoder_sizes(DECODERS.get(args.model, "512x8x16"))
     return TinyMIMStudy(encoder, teacher.width, targets, args.softmax, args.mask_ratio, args.mim_weight, decoder)
 
 
@@ -373,10 +373,10 @@ def main(argv: list[str] | None = None) -> None:
     groups = param_groups(model, args.weight_decay, undecayed=("encoder.pos_embed",))
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=args.device == "cuda")
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    first = restore(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     normalize = normalizer(args.mean, args.std, world.device)
-    stream = batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
-    log = Log(args, out, world, stream, steps, first, last)
+    loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
+    log = Log(args, out, world, loader, steps, first, last)
     if world.main:
         say(f"TinyMIM, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, "
             f"learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}\n"
@@ -388,19 +388,14 @@ def main(argv: list[str] | None = None) -> None:
         save_checkpoint(out, "tinymim", step, model, config, optimizer, scaler, args)
         write_file(dict(model=encoder.state_dict(), config=config), out / "encoder.pth")
 
-    def drawn(width: int, stream: int) -> tuple[Tensor, ...]:
-        """Numbers of chance for the images of this process, batch x width, in parts."""
-        numbers = uniform((args.batch_size, width), args.seed, stream, step)[world.rows(args.batch_size)]
-        return torch.from_numpy(numbers).to(world.device, non_blocking=True).chunk(parts)
-
     step = first
     for step in range(first + 1, last + 1):
         set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
-        jitter = drawn(6, STUDENT_VIEW)
-        noise = drawn(encoder.grid[0] * encoder.grid[1], MASKS) if args.mask_ratio else None
+        jitter = drawn(6, STUDENT_VIEW, step, args, world).chunk(parts)
+        noise = drawn(encoder.patches, MASKS, step, args, world).chunk(parts) if args.mask_ratio else None
         sums = {}
         for part in range(parts):
-            pixels = next(stream)[0]                                                    # B C h w, one crop for both
+            pixels = next(loader)[0]                                                    # B C h w, one crop for both
             reseed(args.seed, step, world.rank, part)  # for stochastic depth
             masked = [noise[part]] if noise else []
             jittered = normalize(student_view(pixels, jitter[part], args.jitter))
@@ -419,10 +414,7 @@ def main(argv: list[str] | None = None) -> None:
             break
         if log.save_due():
             save(step)
-    log.flush()
-    if world.main:
-        save(step)
-    log.close()
+    log.finish(save, step)  # a run stopped by a signal ends here
     if world.main:
         say(f"next:  python finetune.py --data {args.data} --init {out}/encoder.pth")
 

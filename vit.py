@@ -150,6 +150,7 @@ class ViT(nn.Module):
                            qkv_bias=qkv_bias, positions=positions, pool=pool, classes=classes)
         self.image_size, self.patch_size, self.channels = (height, wide), patch_size, channels
         self.grid = (height // patch_size, wide // patch_size)                          # rows, columns
+        self.patches = self.grid[0] * self.grid[1]
         self.width, self.depth, self.pool = width, depth, pool
 
         self.patch_embed = PatchEmbed(patch_size, channels, width)
@@ -184,7 +185,7 @@ class ViT(nn.Module):
         return torch.cat([cls, x], dim=1)
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """All tokens after the last block and `norm`: B C h w -> B 1+n D, the class token first."""
+        """Tokens after the last block and `norm`, class token first: images B C h w, keep B n -> B 1+n D (or 1+N)."""
         x = self.embed(images, keep)
         for block in self.blocks:
             x = block(x)
@@ -335,6 +336,12 @@ def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
                 mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD))
 
 
+def encoder_options(config: dict, **changes) -> dict:
+    """Arguments of ViT for the `config` of a file: an encoder without head, but for `changes`."""
+    kept = {name: value for name, value in config.items() if name not in ("mean", "std", "pool", "classes")}
+    return {**kept, **changes}
+
+
 def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = ("head.",)) -> list[str]:
     """Loads what `read_encoder` gave; positions are stretched to the grid of `vit`. Returns the names that keep
     their initial values: those that begin with an entry of `fresh` and are not in the file, and a mean-pooling
@@ -370,77 +377,75 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
 # -------------------------------------------------------------------- part 2: the training kit
 # Processes, images, schedule, checkpoints, log. All chance is a function of (seed, step) for the whole batch, of
 # which every process takes its rows: so a resumed run repeats an unbroken one, and 1 or 8 processes train alike.
-import argparse  # noqa: E402
-import json  # noqa: E402  (part 1 must stand alone, so this part brings its own imports)
-import os  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from contextlib import nullcontext  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from datetime import timedelta  # noqa: E402
-from itertools import zip_longest  # noqa: E402
-from pathlib import Path  # noqa: E402
-from statistics import NormalDist  # noqa: E402
+#
+# A script calls, in this order: parse_args, start_processes, open_images, apply_recipe, open_run, wrap,
+# load_checkpoint, Batches, Log; then in every step set_lr, next(loader), autocast, log.step. To follow a picture:
+# open_images, requests, views_of. Only finetune.py and g2sd.py need the last section, on labels.
+# Part 1 stands alone, so this part brings its own imports.
+import argparse
+import copy
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import zip_longest
+from pathlib import Path
+from statistics import NormalDist
 
-import numpy as np  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from PIL import Image, ImageEnhance, ImageOps  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
-from torchvision import datasets  # noqa: E402
-from torchvision.transforms import v2  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch.distributed as dist
+from PIL import Image, ImageEnhance, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.transforms import v2
+from tqdm import tqdm
 
 # ---- the command line
 
+# {group: {option: (type, allowed, meaning)}}; allowed: smallest and largest value, or the words to choose from.
+SHARE, COUNT, NOT_NEGATIVE = (0, 1), (1, 2**62), (0, 2**62)
 COMMON_OPTIONS = {
     "model": {
-        "model": (str, f"size of the network: {', '.join(SIZES)}"),
-        "width": (int, "channels of a token, instead of the size's"),
-        "depth": (int, "blocks, instead of the size's"),
-        "heads": (int, "attention heads, instead of the size's"),
-        "mlp_ratio": (float, "hidden width of the MLPs / width, instead of the size's"),
-        "image_size": (int, "side of the square input in pixels"),
-        "patch_size": (int, "side of a patch in pixels"),
-        "act": (str, f"activation in the MLPs: {', '.join(ACTIVATIONS)}"),
-        "qkv_bias": (bool, "biases in the projections to queries, keys and values"),
-        "positions": (str, "of the tokens: sincos (a fixed table) or learned"),
+        "model": (str, tuple(SIZES), "size of the network"),
+        "width": (int, COUNT, "channels of a token, instead of the size's"),
+        "depth": (int, COUNT, "blocks, instead of the size's"),
+        "heads": (int, COUNT, "attention heads, instead of the size's"),
+        "mlp_ratio": (float, (1e-6, 1e6), "hidden width of the MLPs / width, instead of the size's"),
+        "image_size": (int, COUNT, "side of the square input in pixels"),
+        "patch_size": (int, COUNT, "side of a patch in pixels"),
+        "act": (str, tuple(ACTIVATIONS), "activation in the MLPs"),
+        "qkv_bias": (bool, None, "biases in the projections to queries, keys and values"),
+        "positions": (str, ("sincos", "learned"), "of the tokens: a fixed table, or learned"),
     },
     "optimisation": {
-        "epochs": (float, "passes over the images"),
-        "warmup_epochs": (float, "epochs over which the learning rate rises from 0"),
-        "batch_size": (int, "images per update, on all processes together"),
-        "micro_batch": (int, "most images that one process holds at once; a larger share is accumulated"),
-        "blr": (float, "base learning rate: learning rate = blr x batch size / 256"),
-        "min_lr": (float, "learning rate at the end of the cosine"),
-        "weight_decay": (float, "weight decay of AdamW"),
+        "epochs": (float, NOT_NEGATIVE, "passes over the images"),
+        "warmup_epochs": (float, NOT_NEGATIVE, "epochs over which the learning rate rises from 0"),
+        "batch_size": (int, COUNT, "images per update, on all processes together"),
+        "micro_batch": (int, COUNT, "most images that one process holds at once; a larger share is accumulated"),
+        "blr": (float, (0, 1e38), "base learning rate: learning rate = blr x batch size / 256"),
+        "min_lr": (float, NOT_NEGATIVE, "learning rate at the end of the cosine"),
+        "weight_decay": (float, NOT_NEGATIVE, "weight decay"),
     },
 }
-# Smallest and largest value of options, whichever script has them.
-SHARE, COUNT, NOT_NEGATIVE = (0, 1), (1, 2**62), (0, 2**62)
-RANGES = {
-    **dict.fromkeys(("crop_min", "mask_ratio", "drop_path", "teacher_drop_path", "smoothing", "erasing", "jitter"),
-                    SHARE),
-    **dict.fromkeys(("batch_size", "micro_batch", "width", "depth", "heads", "image_size", "patch_size", "log_every",
-                     "labels", "eval_every", "teacher_heads", "teacher_last_heads"), COUNT),
-    **dict.fromkeys(("seed", "epochs", "warmup_epochs", "min_lr", "weight_decay", "workers", "save_minutes", "mixup",
-                     "cutmix", "clip_grad", "reuse", "mim_weight", "visible_weight"), NOT_NEGATIVE),
-    "blr": (0, 1e38), "randaugment": (0, 10), "centre": (0.01, 1),
-}
-
 
 def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], options: dict[str, dict]) -> Namespace:
-    """The command line of a script: its own `options` {group: {name: (type, meaning)}}, the common ones, the run's.
+    """The command line of a script: its own `options`, in the form of COMMON_OPTIONS, the common ones, the run's.
 
     What a recipe decides is None until `apply_recipe`; `--help` shows the value of every recipe.
     Unknown and abbreviated flags end the program with status 2.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
+    limits = dict(seed=NOT_NEGATIVE, workers=NOT_NEGATIVE, save_minutes=NOT_NEGATIVE, log_every=COUNT)
     for title in dict.fromkeys([*options, *COMMON_OPTIONS]):
         group = parser.add_argument_group(title)
-        for name, (kind, meaning) in {**COMMON_OPTIONS.get(title, {}), **options.get(title, {})}.items():
+        for name, (kind, allowed, meaning) in {**COMMON_OPTIONS.get(title, {}), **options.get(title, {})}.items():
             by_value: dict[str, list[str]] = {}
             for recipe in (recipe for recipe in recipes if recipes[recipe].get(name) is not None):
                 by_value.setdefault(str(recipes[recipe][name]), []).append(recipe)
@@ -448,6 +453,10 @@ def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], opt
             how = dict(type=kind, metavar=kind.__name__)
             if kind is bool:
                 how = dict(action=argparse.BooleanOptionalAction)
+            elif kind is str and allowed:
+                how = dict(choices=allowed)
+            elif allowed:
+                limits[name] = allowed
             group.add_argument("--" + name.replace("_", "-"), help=meaning + (f" [{shown}]" if shown else ""), **how)
     run = parser.add_argument_group("data and run")
     run.add_argument("--data", default="shapes", help="folder of images (train/ and val/ inside; class folders in "
@@ -472,11 +481,10 @@ def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], opt
     run.add_argument("--log-every", type=int, default=50, help="steps between records in log.jsonl [%(default)s]")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        low, high = RANGES.get(name, (-math.inf, math.inf))
+        low, high = limits.get(name, (-math.inf, math.inf))
         if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
-            parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
-    if args.model not in (None, *SIZES):
-        parser.error(f"--model {args.model} is unknown; there are {', '.join(SIZES)}")
+            expected = f"{low} or more" if high > 1e9 else f"from {low} to {high}"
+            parser.error(f"--{name.replace('_', '-')} {value}: expected {expected}")
     return args
 
 
@@ -499,6 +507,14 @@ def vit_options(args: Namespace) -> dict:
     """Arguments of ViT from --model and the flags that change a part of it."""
     given = {name: getattr(args, name) for name in COMMON_OPTIONS["model"] if name != "model"}
     return {**SIZES[args.model], **{name: value for name, value in given.items() if value is not None}}
+
+
+def decoder_sizes(text: str) -> tuple[int, int, int]:
+    """--decoder WIDTHxBLOCKSxHEADS as three numbers. Raises InputError if it is none."""
+    numbers = text.split("x")
+    if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
+        raise InputError(f"--decoder {text} is not WIDTHxBLOCKSxHEADS, three numbers from 1 on, as 96x1x3")
+    return tuple(map(int, numbers))
 
 
 # ---- processes
@@ -539,18 +555,20 @@ def start_processes(args: Namespace) -> World:
     if args.device == "cuda" and local_rank >= torch.cuda.device_count():
         raise InputError(f"--device cuda: process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; "
                          "start no more processes than there are, or choose --device cpu")
-    if args.precision == "auto":
-        args.precision = "fp32" if args.device != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    if args.precision == "fp16" and args.device != "cuda":
-        raise InputError(f"--precision fp16 needs a GPU; on {args.device} use fp32 or bf16")
-    if args.workers is None:
-        args.workers = min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) \
-            if hasattr(os, "sched_getaffinity") else 4
     device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device(args.device)
     if args.device == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
         torch.backends.cudnn.benchmark = True
+    if args.precision == "auto":
+        args.precision = "fp32"
+        if args.device == "cuda":
+            args.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if args.precision == "fp16" and args.device != "cuda":
+        raise InputError(f"--precision fp16 needs a GPU; on {args.device} use fp32 or bf16")
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        args.workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if given:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=20),
                                 device_id=device if args.device == "cuda" else None)
@@ -600,21 +618,33 @@ def say(text: str) -> None:
 
 def launch(main: Callable[[], None]) -> None:
     """Runs a script. What its user can mend is one line on stderr and exit status 2, instead of a traceback."""
+    code = 1
     try:
         main()
+        code = 0
     except InputError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # what all processes meet is told by the first; torchrun ends the others meanwhile
         say(f"{Path(sys.argv[0]).name}: {error}")
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:  # the result went to a program that has ended, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            say(code)
+            code = 1
+    except Exception:
+        traceback.print_exc()
+    if dist.is_initialized():
+        if code:  # the others may be inside a collective: leave without them, torchrun ends them
+            sys.stdout.flush()
+            os._exit(code)
+        dist.destroy_process_group()
+    sys.exit(code)
 
 
 # ---- chance and schedule
@@ -631,6 +661,14 @@ def chance(seed: int, stream: int, step: int) -> np.random.Generator:
 def uniform(shape: tuple[int, ...], seed: int, stream: int, step: int) -> np.ndarray:
     """Numbers in [0, 1) for a whole batch, the same on every process."""
     return chance(seed, stream, step).random(shape, dtype=np.float32)
+
+
+def drawn(width: int, stream: int, step: int, args: Namespace, world: World) -> Tensor:
+    """Numbers in [0, 1) for this process's images of one step, rows x width, on the device."""
+    numbers = uniform((args.batch_size, width), args.seed, stream, step)[world.rows(args.batch_size)]
+    numbers = torch.from_numpy(numbers)
+    # From pinned memory the copy does not wait for the device to finish the step before.
+    return numbers.pin_memory().to(world.device, non_blocking=True) if world.device.type == "cuda" else numbers
 
 
 def cosine(epoch: float, peak: float, low: float, warmup: float, epochs: float) -> float:
@@ -715,80 +753,71 @@ def crop_boxes(numbers: np.ndarray, height: int, width: int, scale: tuple[float,
 
 
 class Images:
-    """Labelled or unlabelled pictures: `len`, `labels` (int64 array or None), `classes` (names or None)."""
+    """Pictures, with labels (int64) and names of classes, or None for these; items: what is kept of each picture."""
 
-    labels: np.ndarray | None
-    classes: list[str] | None
     side: int | None = None  # longer side of a picture where all have the same size
 
-    def __len__(self) -> int: ...
-    def subset(self, index: np.ndarray) -> "Images": ...
+    def __init__(self, items: Tensor | np.ndarray, labels: np.ndarray | None, classes: list[str] | None):
+        self.items, self.labels, self.classes = items, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def subset(self, index: np.ndarray) -> "Images":
+        part = copy.copy(self)
+        part.items, part.labels = self.items[index], None if self.labels is None else self.labels[index]
+        return part
+
     def cut(self, i: int, box_of: Callable[[int, int], np.ndarray], size: tuple[int, int]) -> Tensor:
-        """The part of picture i that box_of(height, width) chooses, uint8 C h w, not yet of `size`."""
+        """The part of picture i that box_of(height, width) chooses, uint8 C h w; it will be resized to `size`."""
+        raise NotImplementedError
 
 
 class Packed(Images):
-    """Pictures of one size as one uint8 array N C H W, on the device where they are looked at in batches."""
+    """Pictures of one size; items: uint8 M C h w, on the device where they are looked at in batches."""
 
-    def __init__(self, pixels: Tensor, labels: np.ndarray | None, classes: list[str] | None):
-        self.pixels, self.labels, self.classes = pixels, labels, classes
-        self.side = max(pixels.shape[2:])
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def subset(self, index: np.ndarray) -> "Packed":
-        labels = None if self.labels is None else self.labels[index]
-        return Packed(self.pixels[torch.from_numpy(index)], labels, self.classes)
+    @property
+    def side(self) -> int:
+        return max(self.items.shape[2:])
 
     def cut(self, i, box_of, size):
-        top, left, h, w = box_of(*self.pixels.shape[2:]).round().astype(int)
-        return self.pixels[i, :, top:top + h, left:left + w]
+        top, left, h, w = box_of(*self.items.shape[2:]).round().astype(int)
+        return self.items[i, :, top:top + h, left:left + w]
 
     def look(self, index: np.ndarray, numbers: np.ndarray, view: View) -> Tensor:
-        """A batch of views, float B C h w in 0..1: one crop, flip and resize of each picture, by one grid_sample."""
-        height, width = self.pixels.shape[2:]
+        """A batch of views, float B C h w in 0..1: crop, flip and resize of each picture, by one grid_sample. Not
+        antialiased: meant for enlarging, or shrinking by little."""
+        height, width = self.items.shape[2:]
         top, left, h, w = view.boxes(numbers, height, width).T
         sign = np.where(view.flips(numbers), -1.0, 1.0)
         zero = np.zeros_like(h)
         theta = np.stack([sign * w / width, zero, (2 * left + w) / width - 1,
                           zero, h / height, (2 * top + h) / height - 1], axis=1).reshape(-1, 2, 3)
-        device = self.pixels.device
-        pixels = self.pixels[torch.from_numpy(index).to(device, non_blocking=True)].float().div_(255)
+        device = self.items.device
+        pixels = self.items[torch.from_numpy(index).to(device, non_blocking=True)].float().div_(255)
         theta = torch.from_numpy(theta.astype(np.float32)).to(device, non_blocking=True)
         grid = F.affine_grid(theta, [len(index), 3, *view.size], align_corners=False)
         return F.grid_sample(pixels, grid, "bicubic", "border", align_corners=False).clamp_(0, 1)
 
 
 class Files(Images):
-    """Pictures in files. The names are one array of bytes: worker processes share it, and it costs its own size only.
+    """Pictures in files; items: their names below `root`, one array of bytes, which worker processes share."""
 
-    names    relative to `root`
-    """
-
-    def __init__(self, root: str, names: np.ndarray, labels: np.ndarray | None, classes: list[str] | None):
-        self.root, self.names, self.labels, self.classes = root, names, labels, classes
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def subset(self, index: np.ndarray) -> "Files":
-        labels = None if self.labels is None else self.labels[index]
-        return Files(self.root, self.names[index], labels, self.classes)
+    def __init__(self, root: str, items: np.ndarray, labels: np.ndarray | None, classes: list[str] | None):
+        super().__init__(items, labels, classes)
+        self.root = root
 
     def path(self, i: int) -> str:
-        return os.path.join(self.root, os.fsdecode(bytes(self.names[i])))
+        return os.path.join(self.root, os.fsdecode(bytes(self.items[i])))
 
     def open(self, i: int) -> Image.Image:
-        """Picture i, not yet decoded. Raises InputError, with its path, if it is none."""
-        try:
-            return Image.open(self.path(i))
-        except UNREADABLE as error:
-            raise InputError(f"{self.path(i)}: cannot be read ({error})") from None
+        """Picture i, not yet decoded."""
+        return Image.open(self.path(i))
 
     def cut(self, i, box_of, size):
-        with self.open(i) as image:
-            try:
+        """Raises InputError, with its path, if the picture cannot be read."""
+        try:
+            with self.open(i) as image:
                 width, height = image.size
                 top, left, h, w = box_of(height, width)
                 # A large JPEG is decoded at 1/2, 1/4 or 1/8 where its crop keeps at least twice the size wanted.
@@ -797,28 +826,18 @@ class Files(Images):
                 box = [round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)]
                 box[2:] = max(box[2], box[0] + 1), max(box[3], box[1] + 1)
                 return to_rgb(image.crop(box))
-            except UNREADABLE as error:
-                raise InputError(f"{self.path(i)}: cannot be read ({error})") from None
+        except UNREADABLE as error:
+            raise InputError(f"{self.path(i)}: cannot be read ({error})") from None
 
 
 class Named(Files):
-    """Pictures of a data set of torchvision; `names` are their numbers there."""
-
-    def __init__(self, dataset: Dataset, index: np.ndarray, labels: np.ndarray | None, classes: list[str]):
-        self.dataset, self.names, self.labels, self.classes = dataset, index, labels, classes
-
-    def subset(self, index: np.ndarray) -> "Named":
-        labels = None if self.labels is None else self.labels[index]
-        return Named(self.dataset, self.names[index], labels, self.classes)
+    """Pictures of a data set of torchvision, in place of `root`; items: their numbers there."""
 
     def path(self, i: int) -> str:
-        return f"picture {self.names[i]} of {type(self.dataset).__name__}"
+        return f"picture {self.items[i]} of {type(self.root).__name__}"
 
     def open(self, i: int) -> Image.Image:
-        try:
-            return self.dataset[int(self.names[i])][0]
-        except UNREADABLE as error:
-            raise InputError(f"{self.path(i)}: cannot be read ({error})") from None
+        return self.root[int(self.items[i])][0]
 
 
 def to_rgb(image: Image.Image) -> Tensor:
@@ -831,7 +850,7 @@ def to_rgb(image: Image.Image) -> Tensor:
 
 
 def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 C h w -> C H W, bicubic and antialiased."""
+    """uint8 C h w -> C and the new size, bicubic and antialiased."""
     return v2.functional.resize(picture, list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
 
 
@@ -909,7 +928,7 @@ def pack_if_small(files: Files, strict: bool, most_bytes: int = 2**31) -> Images
         try:
             with files.open(i) as image:
                 return image.size
-        except InputError:
+        except UNREADABLE:
             return None
     sizes = {size_of(i) for i in np.linspace(0, len(files) - 1, min(len(files), 64)).astype(int)} - {None}
     width, height = next(iter(sizes), (65, 65))
@@ -935,11 +954,12 @@ def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
     kind, *splits = TORCHVISION[args.data]
     chosen = splits[2] if split == "val" else splits[1] if labels else splits[0]
     try:
-        if args.download and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine, the others wait
+        if args.download:
+            if dist.is_initialized():
+                raise InputError("--download is for a single process: run the command once without torchrun, and with "
+                                 "--epochs 0")
             for options in chosen:
                 getattr(datasets, kind)(args.data_root, download=True, **options)
-        if args.download and dist.is_initialized():
-            dist.barrier()
         parts = [getattr(datasets, kind)(args.data_root, **options) for options in chosen]
     except (RuntimeError, OSError) as error:
         raise InputError(f"--data {args.data}: not in --data-root {args.data_root} ({error}); "
@@ -1038,7 +1058,7 @@ def views_of(images: Images, view: View, requests: Iterator, args: Namespace, wo
     """For every request (float B C h w in 0..1 on the device, numbers of the pictures). Pictures in one array are cut
     on the device; files, and whatever needs RandAugment, come as bytes from worker processes."""
     if isinstance(images, Packed):
-        images.pixels = images.pixels.to("cpu" if view.randaugment else world.device)
+        images.items = images.items.to("cpu" if view.randaugment else world.device)
         if not view.randaugment:
             yield from ((images.look(index, numbers, view), index) for index, numbers in requests)
             return
@@ -1072,7 +1092,23 @@ def leave_signals_alone(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-class batches:
+def requests(count: int, view: View, args: Namespace, world: World, first: int, last: int) -> Iterator[tuple]:
+    """What this process looks at from step `first` to `last`, part by part: (numbers of pictures, numbers of chance).
+    Order and chance are drawn for the whole batch from (seed, epoch) and (seed, step), and cut to this process's rows:
+    neither resuming nor the number of processes or workers changes them."""
+    parts, batch, steps = parts_of_batch(args, world), args.batch_size, count // args.batch_size
+    rows = world.rows(batch)
+    for step in range(first, last):
+        epoch, place = divmod(step, steps)
+        if place == 0 or step == first:
+            order = chance(args.seed, ORDER, epoch).permutation(count)
+        index = np.tile(order[place * batch:(place + 1) * batch][rows], (view.count, 1))
+        numbers = uniform((view.count, batch, View.NUMBERS), args.seed, CROPS, step)[:, rows]
+        for i, n in zip(np.split(index, parts, axis=1), np.split(numbers, parts, axis=1), strict=True):
+            yield i.reshape(-1), n.reshape(-1, View.NUMBERS)
+
+
+class Batches:
     """Iterator over the parts of all batches from step `first` to `last`: (float B C h w in 0..1, numbers of the
     pictures). `waited` is the time in seconds that training has spent on waiting for them."""
 
@@ -1080,8 +1116,15 @@ class batches:
         if len(images) < args.batch_size:
             raise InputError(f"--data {args.data} has {len(images)} images, less than one batch of {args.batch_size}: "
                              f"give --batch-size {len(images)} or less")
+        if dist.is_initialized():
+            seen = torch.tensor([first, len(images)], device=world.device)
+            seen = torch.cat([seen, -seen])
+            dist.all_reduce(seen, dist.ReduceOp.MAX)
+            if (seen[:2] != -seen[2:]).any():
+                raise InputError("the processes see different checkpoints or pictures: --out and --data must be the "
+                                 "same on all machines")
         self.waited = 0.0
-        self.views = views_of(images, view, self.requests(len(images), view, args, world, first, last), args, world)
+        self.views = views_of(images, view, requests(len(images), view, args, world, first, last), args, world)
 
     def __iter__(self):
         return self
@@ -1092,23 +1135,10 @@ class batches:
         self.waited += time.perf_counter() - start
         return item
 
-    @staticmethod
-    def requests(count, view, args, world, first, last):
-        parts, batch, steps = parts_of_batch(args, world), args.batch_size, count // args.batch_size
-        rows = world.rows(batch)
-        for step in range(first, last):
-            epoch, place = divmod(step, steps)
-            if place == 0 or step == first:
-                order = chance(args.seed, ORDER, epoch).permutation(count)
-            index = np.tile(order[place * batch:(place + 1) * batch][rows], (view.count, 1))
-            numbers = uniform((view.count, batch, View.NUMBERS), args.seed, CROPS, step)[:, rows]
-            for i, n in zip(np.split(index, parts, axis=1), np.split(numbers, parts, axis=1), strict=True):
-                yield i.reshape(-1), n.reshape(-1, View.NUMBERS)
-
 
 def in_order(images: Images, view: View, args: Namespace, world: World,
              strict: bool = True) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Every picture once, divided among the processes without padding: batches as `batches` gives them.
+    """Every picture once, divided among the processes without padding: in parts as `Batches` gives them.
     strict: a picture that cannot be read is an InputError, not replaced by the next."""
     mine = np.arange(world.rank, len(images), world.size)
     requests = ((index, np.zeros((len(index), View.NUMBERS), np.float32))
@@ -1121,6 +1151,241 @@ def normalizer(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
     mean, std = (torch.tensor(value, device=device).view(-1, 1, 1) for value in (mean, std))
     return lambda images: (images - mean) / std
 
+
+# ---- checkpoints out
+
+# What may differ between a run and its continuation: nothing that changes what is learned. Another --data means the
+# same pictures elsewhere; their number is compared.
+FREE_ON_RESUME = ("data", "data_root", "download", "out", "resume", "workers", "device", "micro_batch", "compile",
+                  "save_minutes", "log_every")
+
+
+def open_run(args: Namespace, world: World, method: str) -> tuple[Path, dict | None]:
+    """The folder of this run, and the checkpoint to continue from or None.
+
+    Raises InputError if --out holds a run already, or if what --resume names is not there, not readable, of another
+    method, or was made with other settings. Nothing is written yet.
+    """
+    if args.resume is not None:
+        checkpoint = find_checkpoint(args)
+        if checkpoint is not None:
+            if checkpoint.get("method") != method:
+                raise InputError(f"--resume: the file is of {checkpoint.get('method', 'another program')}, "
+                                 f"not of {method}")
+            old = checkpoint["args"]
+            changed = [f"{name} {old.get(name)} -> {value}" for name, value in vars(args).items()
+                       if name not in FREE_ON_RESUME and old.get(name) != value]
+            if changed:
+                raise InputError(f"--resume: settings differ from the run's: {', '.join(changed)}")
+            return Path(args.out), checkpoint
+    folder = Path(args.out or f"runs/{method}-{args.recipe}")
+    if args.out is None:  # runs/mae-demo, runs/mae-demo-2, ...
+        number = 2
+        while (folder / "args.json").exists():
+            folder, number = Path(f"runs/{method}-{args.recipe}-{number}"), number + 1
+    if (folder / "args.json").exists() and args.resume is None:
+        raise InputError(f"--out {folder} holds a run already: continue it by --resume, or choose another folder")
+    return folder, None
+
+
+def find_checkpoint(args: Namespace) -> dict | None:
+    """What --resume names: last.pth, or prev.pth if that is unreadable. Sets args.out where it was not given.
+    A bare --resume on a folder without checkpoints starts afresh, and says so."""
+    if not args.resume and args.out is None:
+        raise InputError("--resume needs --out, or the path of the run")
+    path = Path(args.resume or args.out)
+    files = [path] if path.is_file() else [path / "last.pth", path / "prev.pth"]
+    args.out = args.out or str(path.parent if path.is_file() else path)
+    if not any(file.exists() for file in files):
+        if args.resume:
+            raise InputError(f"--resume {args.resume}: no checkpoint there")
+        say(f"no checkpoint in {path}: a new run starts")
+        return None
+    for file in files:
+        try:
+            content = load_file(str(file))
+            if isinstance(content, dict) and "args" in content:
+                return content
+            say(f"warning: {file}: not a checkpoint to continue from")
+        except InputError as error:
+            say(f"warning: {error}")
+    raise InputError(f"--resume: no readable checkpoint in {path}")
+
+
+def write_file(content: dict, path: Path, previous: Path | None = None) -> None:
+    """Writes aside, flushes, renames: a file under its name is whole. What was there before becomes `previous`.
+    Raises InputError, and leaves everything as it was, if the disk is full or the folder is gone."""
+    aside = path.with_name(path.name + ".new")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written: {error}") from None
+
+
+def save_checkpoint(out: Path, method: str, step: int, model: nn.Module, config: dict, optimizer: torch.optim.Optimizer,
+                    scaler: torch.amp.GradScaler, args: Namespace) -> None:
+    """last.pth, with all that continuing needs; the one before stays as prev.pth. Weights that are not finite are
+    never saved: raises InputError."""
+    state = model.state_dict()
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise InputError(f"step {step}: {broken[0]} and {len(broken) - 1} more are not finite; nothing was saved")
+    write_file(dict(method=method, model=state, config=config, optimizer=optimizer.state_dict(),
+                    scaler=scaler.state_dict(), step=step, args=vars(args)), out / "last.pth", out / "prev.pth")
+
+
+def load_checkpoint(checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
+                    scaler: torch.amp.GradScaler) -> int:
+    """Puts a checkpoint's state into place; returns the number of steps done."""
+    model.load_state_dict(checkpoint["model"])
+    for group in checkpoint["optimizer"]["param_groups"]:  # of this device, not of the file's
+        group["fused"] = optimizer.param_groups[0].get("fused")
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["step"]
+
+
+# ---- the log
+
+class Log:
+    """One bar, log.jsonl, and the two reasons to leave a run early: a signal, and a loss that is not finite.
+
+    The values of a step are summed over the processes on the device, and read one step later, when they have arrived
+    by themselves: no step waits for the device, and all processes leave after the same one.
+    """
+
+    def __init__(self, args: Namespace, out: Path, world: World, loader: Batches, steps_per_epoch: int,
+                 first: int, last: int):
+        self.args, self.world, self.loader = args, world, loader
+        self.steps_per_epoch, self.last = steps_per_epoch, last
+        self.file, self.pending, self.signal, self.leave = None, None, 0, False
+        self.sums, self.count, self.waited = {}, 0, 0.0
+        self.start = self.saved = self.told = time.time()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        self.path = out / "log.jsonl"
+        if world.main:
+            try:  # only now: a run that could not start leaves nothing behind
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+                kept = []
+                if first and self.path.exists():  # drop what an interrupted run wrote after its last checkpoint
+                    kept = [line for line in self.path.read_text().splitlines(True)
+                            if line.endswith("}\n") and json.loads(line)["step"] <= first]
+                self.path.write_text("".join(kept))
+            except OSError as error:
+                raise InputError(f"--out {out} cannot be written: {error}") from None
+        self.bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True,
+                        disable=not world.main or not sys.stderr.isatty())
+
+    def on_signal(self, number: int, frame) -> None:
+        self.signal = number
+
+    def step(self, step: int, lr: float, **losses: Tensor) -> bool:
+        """After the update that makes `step` done. True if the run is to be left. Ends the program with status 1 if
+        the loss of the step before was not finite."""
+        flag = torch.full((), float(self.signal > 0), device=self.world.device)
+        values = self.world.sum(torch.stack([*(loss.detach().float() for loss in losses.values()), flag]))
+        event = None
+        if values.is_cuda:
+            values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        before, self.pending = self.pending, (step, lr, time.time(), list(losses), values, event)
+        if before:
+            self.read(*before)
+        return self.leave
+
+    def read(self, step: int, lr: float, now: float, names: list[str], values: Tensor,
+             event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            event.synchronize()
+        *values, flag = (values / self.world.size).tolist()
+        if not all(map(math.isfinite, values)):
+            self.bar.close()
+            told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+            sys.exit(f"step {step}: {told} at learning rate {lr:.3g}; what is saved is from before. A lower --blr or "
+                     "--precision fp32 may help" if self.world.main else 1)
+        self.leave = flag > 0
+        for name, value in zip(names, values, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        self.bar.update()
+        if step % self.args.log_every == 0 or step == self.last:
+            self.tell(step, lr, now)
+
+    def tell(self, step: int, lr: float, now: float) -> None:
+        """Writes the means since the last record; `now` is when the step was done."""
+        seconds = max(now - self.told, 1e-9)
+        record = dict(step=step, epoch=round(step / self.steps_per_epoch, 4),
+                      **{name: value / self.count for name, value in self.sums.items()}, lr=lr,
+                      images_per_s=round(self.count * self.args.batch_size / seconds, 1),
+                      waiting=round((self.loader.waited - self.waited) / seconds, 3),
+                      eta_s=round((self.last - step) * seconds / self.count))
+        if self.world.device.type == "cuda":
+            record["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.sums, self.count, self.told, self.waited = {}, 0, now, self.loader.waited
+        self.write(record)
+        shown = {name: f"{record[name]:.4g}" for name in record if name not in ("step", "epoch", "eta_s", "waiting")}
+        self.bar.set_postfix(shown, refresh=False)
+        if self.bar.disable and self.world.main:
+            say(f"step {step}/{self.last}  " + "".join(f"{name} {value}  " for name, value in shown.items())
+                + f"eta {record['eta_s']} s")
+
+    def write(self, record: dict) -> None:
+        """One more line in log.jsonl, in strict JSON: what is not finite is null there."""
+        if self.world.main:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(finite) + "\n")
+            except OSError as error:  # a lost line is no reason to lose the training
+                say(f"warning: {self.path}: {error}")
+
+    def flush(self) -> None:
+        """Reads what is still on its way; before anything is saved."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            self.read(*pending)
+
+    def save_due(self) -> bool:
+        """Whether the main process is to save now: the time between checkpoints is over, and the loss is finite. (If
+        it is not, all processes will leave together in their next step.)"""
+        if not self.world.main or time.time() - self.saved < 60 * self.args.save_minutes:
+            return False
+        *_, values, event = self.pending
+        if event is not None:
+            event.synchronize()
+        if not values.isfinite().all():
+            return False
+        self.saved = time.time()
+        return True
+
+    def finish(self, save: Callable[[int], None], step: int) -> None:
+        """The last checkpoint. Ends the program with status 128 + signal if a signal ended the run."""
+        self.flush()
+        if self.world.main:
+            save(step)
+        self.bar.close()
+        self.loader.views.close()  # ends the worker processes
+        if self.leave:
+            if dist.is_initialized():
+                dist.barrier()  # torchrun ends the rest soon after the first process is gone
+            number = self.signal or signal.SIGTERM
+            if self.world.main:
+                say(f"stopped by {signal.Signals(number).name} and saved; --resume continues")
+            sys.exit(128 + number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing can be lost from here on
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---- labels: augmentation and evaluation
 
 def randaugment(image: Image.Image, numbers: np.ndarray, magnitude: float) -> Image.Image:
     """timm's `rand-m<magnitude>-mstd0.5-inc1`: two operations of fifteen, each done with probability one half at a
@@ -1216,225 +1481,3 @@ def print_result(result: dict[str, float], world: World) -> None:
     if world.main:
         print("  ".join(f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}"
                         for name, value in result.items()))
-
-
-# ---- checkpoints out
-
-# What may differ between a run and its continuation: nothing that changes what is learned.
-FREE_ON_RESUME = ("data", "data_root", "download", "out", "resume", "workers", "device", "micro_batch", "compile",
-                  "save_minutes", "log_every")
-
-
-def open_run(args: Namespace, world: World, method: str) -> tuple[Path, dict | None]:
-    """The folder of this run, and the checkpoint to continue from or None.
-
-    Raises InputError if --out holds a run already, or if what --resume names is not there, not readable, of another
-    method, or was made with other settings. Nothing is written yet.
-    """
-    if args.resume is not None:
-        checkpoint = find_checkpoint(args)
-        if checkpoint is not None:
-            if checkpoint.get("method") != method:
-                raise InputError(f"--resume: the file is of {checkpoint.get('method', 'another program')}, "
-                                 f"not of {method}")
-            old = checkpoint["args"]
-            changed = [f"{name} {old.get(name)} -> {value}" for name, value in vars(args).items()
-                       if name not in FREE_ON_RESUME and old.get(name) != value]
-            if changed:
-                raise InputError(f"--resume: settings differ from the run's: {', '.join(changed)}")
-            return Path(args.out), checkpoint
-    folder = Path(args.out or f"runs/{method}-{args.recipe}")
-    if args.out is None:  # runs/mae-demo, runs/mae-demo-2, ...
-        number = 2
-        while (folder / "args.json").exists():
-            folder, number = Path(f"runs/{method}-{args.recipe}-{number}"), number + 1
-    if world.main and (folder / "args.json").exists() and args.resume is None:
-        raise InputError(f"--out {folder} holds a run already: continue it by --resume, or choose another folder")
-    return folder, None
-
-
-def find_checkpoint(args: Namespace) -> dict | None:
-    """What --resume names: last.pth, or prev.pth if that is unreadable. Sets args.out where it was not given.
-    A bare --resume on a folder without checkpoints starts afresh, and says so."""
-    if not args.resume and args.out is None:
-        raise InputError("--resume needs --out, or the path of the run")
-    path = Path(args.resume or args.out)
-    files = [path] if path.is_file() else [path / "last.pth", path / "prev.pth"]
-    args.out = args.out or str(path.parent if path.is_file() else path)
-    if not any(file.exists() for file in files):
-        if args.resume:
-            raise InputError(f"--resume {args.resume}: no checkpoint there")
-        say(f"no checkpoint in {path}: a new run starts")
-        return None
-    for file in files:
-        try:
-            content = load_file(str(file))
-            if isinstance(content, dict) and "args" in content:
-                return content
-            say(f"warning: {file}: not a checkpoint to continue from")
-        except InputError as error:
-            say(f"warning: {error}")
-    raise InputError(f"--resume: no readable checkpoint in {path}")
-
-
-def write_file(content: dict, path: Path, previous: Path | None = None) -> None:
-    """Writes aside, flushes, renames: a file under its name is whole. What was there before becomes `previous`.
-    Raises InputError, and leaves everything as it was, if the disk is full or the folder is gone."""
-    aside = path.with_name(path.name + ".new")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        aside.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error}") from None
-
-
-def save_checkpoint(out: Path, method: str, step: int, model: nn.Module, config: dict, optimizer: torch.optim.Optimizer,
-                    scaler: torch.amp.GradScaler, args: Namespace) -> None:
-    """last.pth, with all that continuing needs; the one before stays as prev.pth. Weights that are not finite are
-    never saved: raises InputError."""
-    state = model.state_dict()
-    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise InputError(f"step {step}: {broken[0]} and {len(broken) - 1} more are not finite; nothing was saved")
-    write_file(dict(method=method, model=state, config=config, optimizer=optimizer.state_dict(),
-                    scaler=scaler.state_dict(), step=step, args=vars(args)), out / "last.pth", out / "prev.pth")
-
-
-def restore(checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
-    """Puts a checkpoint's state into place; returns the number of steps done."""
-    fused = optimizer.param_groups[0].get("fused")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    for group in optimizer.param_groups:  # load_state_dict brings the file's, perhaps of another device
-        group["fused"] = fused
-    scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"]
-
-
-# ---- the log
-
-class Log:
-    """One bar, log.jsonl, and the two reasons to leave a run early: a signal, and a loss that is not finite.
-
-    The values of a step are summed over the processes on the device, and read one step later, when they have arrived
-    by themselves: no step waits for the device, and all processes leave after the same one.
-    """
-
-    def __init__(self, args: Namespace, out: Path, world: World, stream: batches, steps_per_epoch: int,
-                 first: int, last: int):
-        self.args, self.world, self.stream = args, world, stream
-        self.steps_per_epoch, self.last = steps_per_epoch, last
-        self.file, self.pending, self.signal, self.leave = None, None, 0, False
-        self.sums, self.count, self.waited = {}, 0, 0.0
-        self.start = self.saved = self.told = time.time()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-        self.path = out / "log.jsonl"
-        if world.main:
-            try:  # only now: a run that could not start leaves nothing behind
-                out.mkdir(parents=True, exist_ok=True)
-                (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-                kept = []
-                if first and self.path.exists():  # drop what an interrupted run wrote after its last checkpoint
-                    kept = [line for line in self.path.read_text().splitlines(True)
-                            if line.endswith("}\n") and json.loads(line)["step"] <= first]
-                self.path.write_text("".join(kept))
-            except OSError as error:
-                raise InputError(f"--out {out} cannot be written: {error}") from None
-        self.bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True,
-                        disable=not world.main or not sys.stderr.isatty())
-
-    def on_signal(self, number: int, frame) -> None:
-        self.signal = number
-
-    def step(self, step: int, lr: float, **losses: Tensor) -> bool:
-        """After the update that makes `step` done. True if the run is to be left. Ends the program with status 1 if
-        the loss of the step before was not finite."""
-        flag = torch.full((), float(self.signal > 0), device=self.world.device)
-        values = self.world.sum(torch.stack([*(loss.detach().float() for loss in losses.values()), flag]))
-        event = None
-        if values.is_cuda:
-            values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
-            event.record()
-        before, self.pending = self.pending, (step, lr, time.time(), list(losses), values, event)
-        if before:
-            self.read(*before)
-        return self.leave
-
-    def read(self, step: int, lr: float, now: float, names: list[str], values: Tensor,
-             event: torch.cuda.Event | None) -> None:
-        if event is not None:
-            event.synchronize()
-        *values, flag = (values / self.world.size).tolist()
-        if not all(map(math.isfinite, values)):
-            self.bar.close()
-            told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
-            sys.exit(f"step {step}: {told} at learning rate {lr:.3g}; what is saved is from before. A lower --blr or "
-                     "--precision fp32 may help" if self.world.main else 1)
-        self.leave = flag > 0
-        for name, value in zip(names, values, strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-        self.bar.update()
-        if step % self.args.log_every == 0 or step == self.last:
-            self.tell(step, lr, now)
-
-    def tell(self, step: int, lr: float, now: float) -> None:
-        """Writes the means since the last record; `now` is when the step was done."""
-        seconds = max(now - self.told, 1e-9)
-        record = dict(step=step, epoch=round(step / self.steps_per_epoch, 4),
-                      **{name: value / self.count for name, value in self.sums.items()}, lr=lr,
-                      images_per_s=round(self.count * self.args.batch_size / seconds, 1),
-                      waiting=round((self.stream.waited - self.waited) / seconds, 3),
-                      eta_s=round((self.last - step) * seconds / self.count))
-        if self.world.device.type == "cuda":
-            record["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        self.sums, self.count, self.told, self.waited = {}, 0, now, self.stream.waited
-        self.write(record)
-        shown = {name: f"{record[name]:.4g}" for name in record if name not in ("step", "epoch", "eta_s", "waiting")}
-        self.bar.set_postfix(shown, refresh=False)
-        if self.bar.disable and self.world.main:
-            say(f"step {step}/{self.last}  " + "".join(f"{name} {value}  " for name, value in shown.items())
-                + f"eta {record['eta_s']} s")
-
-    def write(self, record: dict) -> None:
-        """One more line in log.jsonl, in strict JSON: what is not finite is null there."""
-        if self.world.main:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(finite) + "\n")
-            except OSError as error:  # a lost line is no reason to lose the training
-                say(f"warning: {self.path}: {error}")
-
-    def flush(self) -> None:
-        """Reads what is still on its way; before anything is saved."""
-        if self.pending:
-            pending, self.pending = self.pending, None
-            self.read(*pending)
-
-    def save_due(self) -> bool:
-        """Whether the main process is to save now: the time between checkpoints is over, and the loss was finite."""
-        if not self.world.main or time.time() - self.saved < 60 * self.args.save_minutes:
-            return False
-        self.flush()
-        self.saved = time.time()
-        return True
-
-    def close(self) -> None:
-        """After the last checkpoint. Ends the program with status 128 + signal if a signal ended the run."""
-        self.bar.close()
-        self.stream.views.close()  # ends the worker processes
-        if self.leave:
-            number = self.signal or signal.SIGTERM
-            if self.world.main:
-                say(f"stopped by {signal.Signals(number).name} and saved; --resume continues")
-            sys.exit(128 + number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing can be lost from here on
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -86,9 +86,9 @@ def input_pipeline(data: str) -> None:
 
 def packed_pipeline(device: str) -> None:
     images, view, index = shapes(2000, 0), View((36, 36), (0.6, 1.0)), np.arange(512)
-    images.pixels = images.pixels.to(device)
+    images.items = images.items.to(device)
     numbers = uniform((512, View.NUMBERS), 0, CROPS, 0)
-    pictures = [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in images.pixels[:512]]
+    pictures = [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in images.items[:512]]
     textbook = v2.Compose([v2.RandomResizedCrop(36, (0.6, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
                            v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     show(f"32-pixel pictures in memory to crops of 36 pixels, {torch.get_num_threads()} threads, {device}", rates(512, device, **{

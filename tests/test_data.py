@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import vit
-from vit import (Decoder, Files, InputError, Packed, View, World, batches, crop_boxes, in_order, open_folder, open_images, shapes,
+from vit import (Batches, Decoder, Files, InputError, Packed, View, World, crop_boxes, in_order, open_folder, open_images, shapes,
                  to_rgb, uniform)
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -111,7 +111,7 @@ def test_the_packed_view_is_the_crop_of_every_picture():
     numbers = uniform((6, View.NUMBERS), 1, vit.CROPS, 0)
     ours = images.look(np.arange(6), numbers, view)
     for i, (top, left, h, w) in enumerate(view.boxes(numbers, 32, 40).astype(int)):
-        expected = TF.resized_crop(images.pixels[i].float() / 255, top, left, h, w, [48, 48],
+        expected = TF.resized_crop(images.items[i].float() / 255, top, left, h, w, [48, 48],
                                    interpolation=v2.InterpolationMode.BICUBIC, antialias=False).clamp(0, 1)
         expected = expected.flip(2) if numbers[i, 22] < 0.5 else expected
         inner = (slice(None), slice(8, -8), slice(8, -8))  # at its border ours sees beyond the crop
@@ -121,7 +121,7 @@ def test_the_packed_view_is_the_crop_of_every_picture():
 def test_the_centre_view_of_a_packed_picture_of_its_own_size_is_the_picture():
     images = shapes(4, seed=0)
     ours = images.look(np.arange(4), np.zeros((4, View.NUMBERS), np.float32), View((32, 32)))
-    torch.testing.assert_close(ours, images.pixels.float() / 255, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours, images.items.float() / 255, atol=1e-5, rtol=0)
 
 
 def test_the_centre_view_of_a_file_is_resize_and_centre_crop(tmp_path):
@@ -210,7 +210,7 @@ def test_a_folder_of_broken_pictures_ends_the_run(tmp_path):
         (tmp_path / f"{i}.jpg").write_bytes(b"")
     images = open_folder(str(tmp_path), "train", False)
     for workers in (0, 1):
-        stream = batches(images, View((32, 32)), arguments(workers=workers), ONE, 0, 1)
+        stream = Batches(images, View((32, 32)), arguments(workers=workers), ONE, 0, 1)
         with pytest.raises(InputError, match="50 pictures in a row"):
             next(stream)
 
@@ -220,7 +220,7 @@ def test_small_pictures_are_decoded_once_and_larger_ones_stay_files(tmp_path, ca
         picture((32, 24), seed=i).save(tmp_path / f"{i:02d}.png")
     packed = open_images(arguments(data=str(tmp_path)), "train")
     assert isinstance(packed, Packed) and packed.side == 32
-    assert torch.equal(packed.pixels[3], to_rgb(picture((32, 24), seed=3)))
+    assert torch.equal(packed.items[3], to_rgb(picture((32, 24), seed=3)))
     (tmp_path / "03.png").write_bytes(b"broken")
     assert len(open_images(arguments(data=str(tmp_path)), "train")) == 9 and "03.png" in capsys.readouterr().err
     picture((65, 24)).save(tmp_path / "00.png")
@@ -230,7 +230,7 @@ def test_small_pictures_are_decoded_once_and_larger_ones_stay_files(tmp_path, ca
 # ---- batches
 
 def collect(images, view, args, world=ONE, first=0, last=4):
-    stream = batches(images, view, args, world, first, last)
+    stream = Batches(images, view, args, world, first, last)
     return [(pixels, index.tolist()) for pixels, index in stream]
 
 
@@ -282,7 +282,7 @@ def test_evaluation_sees_every_picture_once(total, processes):
 
 def test_fewer_pictures_than_a_batch_are_refused():
     with pytest.raises(InputError, match="7 images, less than one batch of 8"):
-        batches(shapes(7, 0), View((32, 32)), arguments(), ONE, 0, 1)
+        Batches(shapes(7, 0), View((32, 32)), arguments(), ONE, 0, 1)
 
 
 @pytest.mark.parametrize("batch, micro, processes", [(7, 8, 2), (10, 4, 1), (1, 8, 2)])
@@ -293,9 +293,9 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_the_numbers(batch, micro
 
 def test_shapes_are_the_same_every_time_and_of_ten_kinds():
     a, b = shapes(200, seed=3), shapes(200, seed=3)
-    assert torch.equal(a.pixels, b.pixels) and np.array_equal(a.labels, b.labels)
+    assert torch.equal(a.items, b.items) and np.array_equal(a.labels, b.labels)
     assert set(a.labels) == set(range(10)) and len(a.classes) == 10
-    assert not torch.equal(a.pixels, shapes(200, seed=4).pixels)
+    assert not torch.equal(a.items, shapes(200, seed=4).items)
 
 
 def test_a_data_set_of_torchvision_is_taken_by_its_name(monkeypatch, tmp_path):

@@ -156,7 +156,7 @@ def test_balanced_labels():
     chosen = balanced(shapes(300, seed=0), 50, seed=1)
     assert np.bincount(chosen.labels).tolist() == [5] * 10
     other = balanced(shapes(300, seed=0), 50, seed=2)
-    assert not np.array_equal(chosen.pixels, other.pixels)
+    assert not np.array_equal(chosen.items, other.items)
 
 
 def test_reuse_keeps_the_first_blocks_and_the_embeddings():

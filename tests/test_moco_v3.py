@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 from torchvision.transforms import v2
@@ -259,7 +258,7 @@ def test_the_loss_is_in_float32_under_autocast():
 def pictures(count: int = 64, side: int = 32) -> torch.Tensor:
     """uint8: shapes, and noise, in which every colour occurs."""
     noise = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (count // 2, 3, side, side), np.uint8))
-    return torch.cat([vit.shapes(count // 2, 0, side).pixels, noise])
+    return torch.cat([vit.shapes(count // 2, 0, side).items, noise])
 
 
 def plan(count: int, **given) -> Colours:
@@ -323,7 +322,7 @@ def test_blur_is_a_gaussian_of_each_pictures_own_width_and_near_pillows():
         wanted = per_image.gaussian_blur(x[row], [17, 17], [float(s)] * 2)
         assert (ours[row] - wanted)[:, 8:-8, 8:-8].abs().max() < 1e-5  # at the border torchvision mirrors, Pillow repeats
     # Pillow adds up boxes. On smooth pictures the two agree to 1/255; noise shows the difference, here in the mean.
-    smooth = recolour(vit.shapes(32, 0, 48).pixels.float() / 255, plan(32, sigma=np.full(32, 2.0)))
+    smooth = recolour(vit.shapes(32, 0, 48).items.float() / 255, plan(32, sigma=np.full(32, 2.0)))
     bytes_ = (smooth * 255).round().byte()
     ours = recolour(bytes_.float() / 255, plan(32, sigma=sigma)) * 255
     for row, s in enumerate(sigma):
@@ -395,7 +394,7 @@ def folder(tmp_path, monkeypatch):
     """A folder to run in, with 64 small pictures in `small`; the signals are given back afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(vit, "shapes", generated)  # they take seconds, and are always the same
-    save(generated(2000, seed=1).pixels[:64], tmp_path / "small")
+    save(generated(2000, seed=1).items[:64], tmp_path / "small")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
     for number, handler in handlers.items():
@@ -482,7 +481,7 @@ def test_two_processes_run_and_say_what_is_missing(folder):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--micro-batch 8", "would come in 2 parts"), ("--blur 3", "--blur 3.0: expected 0, or"), ("--batch-size 1 --micro-batch 1", "BatchNorm needs two"),
+    ("--micro-batch 8", "would come in 2 parts"), ("--batch-size 1 --micro-batch 1", "BatchNorm needs two"),
     ("--image-size 34", "multiple of the patch size"), ("--batch-size 50000 --micro-batch 50000", "less than one batch")])
 def test_bad_input_is_one_clear_line(words, message, folder):
     with pytest.raises(vit.InputError, match=message):
