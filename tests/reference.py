@@ -17,7 +17,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mae import DistilledMAE, MaskedAutoencoder, attention_scores, patch_statistics, patchify, random_masking  # noqa: E402
-from vit import ViT  # noqa: E402
+from vit import ViT, position_table, resize_positions  # noqa: E402
 
 
 def evaluate(golden: dict) -> dict:
@@ -29,6 +29,8 @@ def evaluate(golden: dict) -> dict:
         return dmae(golden)
     if method.startswith("finetune"):
         return classifier(golden)
+    if "sin-cos" in method:
+        return positions(golden)
     for name, module in (("moco", "moco"), ("tinymim", "tinymim"), ("g2sd", "g2sd")):
         if name in method.replace(" ", ""):
             return import_module(f"tests.reference_{module}").evaluate(golden)
@@ -167,6 +169,29 @@ def dmae(golden: dict) -> dict:
     return dict(loss=losses["loss"].item(), loss_recon=losses["reconstruction"].item(), loss_attn=losses["attention"].item(),
                 grad_norm=norms, grad_norm_adapter=adapters, mask_sum=int((restore >= model.keep).sum()), ids_keep=keep.tolist(),
                 samples=samples)
+
+
+# ---- positions
+
+def positions(golden: dict) -> dict:
+    """Tables and stretched tables of the sizes that the file lists, with the entries that it asks for."""
+    cases = []
+    for case in golden["cases"]:
+        table = position_table("sincos", case["dim"], (case["grid"],) * 2)[0].double()
+        table = table if case["cls"] else table[1:]
+        entries = [dict(token=e["token"], channel=e["channel"], value=table[e["token"], e["channel"]].item()) for e in case["entries"]]
+        cases.append(dict(dim=case["dim"], grid=case["grid"], cls=case["cls"], shape=list(table.shape), sum=table.sum().item(),
+                          abs_sum=table.abs().sum().item(), sq_sum=table.square().sum().item(), entries=entries))
+    stretched = []
+    for case in golden["interpolation"]:
+        table = position_table("sincos", case["dim"], (case["from"],) * 2).double()
+        if case["source"].startswith("fill_"):
+            table = value_for("pos_embed", table)
+        table = resize_positions(table, (case["from"],) * 2, (case["to"],) * 2)
+        entries = [dict(index=e["index"], value=table[tuple(e["index"])].item()) for e in case["entries"]]
+        stretched.append({"source": case["source"], "from": case["from"], "to": case["to"], "dim": case["dim"], "shape": list(table.shape),
+                          "sum": table.sum().item(), "abs_sum": table.abs().sum().item(), "entries": entries})
+    return dict(cases=cases, interpolation=stretched)
 
 
 # ---- classification

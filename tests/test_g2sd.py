@@ -232,7 +232,7 @@ def test_teacher_stops_at_its_layer_and_has_no_part_in_the_graph():
 
 
 def test_tokens_choose_where_the_loss_looks():
-    x, noise, target = torch.randn(2, 3, 8, 16), torch.rand(2, 8), torch.randn(2, 9, 16)
+    noise, target = torch.rand(2, 8), torch.randn(2, 9, 16)
     _, restore = g2sd.random_masking(noise, 4)
     hidden = torch.cat([torch.zeros(2, 1, dtype=bool), restore >= 4], dim=1)
     visible = ~hidden
