@@ -157,11 +157,14 @@ def test_two_processes_stop_together_at_a_signal(to, photos):
     deadline = time.time() + 120
     while time.time() < deadline and not (Path("a/log.jsonl").exists() and len(Path("a/log.jsonl").read_text().splitlines()) > 3):
         time.sleep(0.2)
-    children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True).stdout
-    ranks = [int(line.split()[0]) for line in children.splitlines() if "mae.py" in line]
-    assert len(ranks) == 2, children
-    os.kill(ranks[1] if to == "one process" else process.pid, signal.SIGTERM)
-    assert process.wait(60) != 0
+    try:
+        children = subprocess.run(["ps", "-ww", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True).stdout
+        ranks = [int(line.split()[0]) for line in children.splitlines() if "mae.py" in line]
+        assert len(ranks) == 2, children
+        os.kill(ranks[1] if to == "one process" else process.pid, signal.SIGTERM)
+        assert process.wait(60) != 0
+    finally:
+        process.kill()
     assert "stopped by SIGTERM and saved" in process.stderr.read()
     assert torch.load("a/last.pth", weights_only=True)["step"] > 3
 
