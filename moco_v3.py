@@ -205,16 +205,19 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue of HSV; its value (the largest channel) and chroma (largest - smallest) stay. Angles in turns."""
+    """Turns the hue of HSV by `shift` turns; its value (the largest channel) and chroma (largest - smallest) stay."""
     r, g, b = x.split(1, dim=1)
-    top = torch.maximum(torch.maximum(r, g), b)
-    chroma = top - torch.minimum(torch.minimum(r, g), b)
-    red, green = top == r, top == g
-    angle = torch.where(red, g - b, torch.where(green, b - r, r - g)) / (6 * chroma).clamp_(min=1e-8)
-    angle = angle + torch.where(red, 0.0, torch.where(green, 1 / 3, 2 / 3)) + shift
-    k = angle + (5 - 2 * torch.arange(3, device=x.device)).view(3, 1, 1) / 6                  # B 3 h w
-    k = 6 * (k - k.floor())  # a channel is lowest for a third of the circle, k from 1 to 3, and highest at 4 to 6
-    return top - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+    # The angle without a case for each order of the channels, as where() costs more than all the rest: they are sorted,
+    # and what the order adds to the angle between the largest two is kept in `turns`.
+    high, low = torch.maximum(g, b), torch.minimum(g, b)
+    top, middle = torch.maximum(r, high), torch.minimum(r, high)
+    chroma = top - torch.minimum(middle, low)
+    blue, not_red = (b > g).to(x.dtype), (high > r).to(x.dtype)
+    turns = not_red * (2 * blue - 1 / 3) - blue
+    angle = (turns + (middle - low) / (6 * chroma).clamp_(min=1e-8)).abs_() + shift
+    k = angle + 1 + (5 - 2 * torch.arange(3, device=x.device)).view(3, 1, 1) / 6              # B 3 h w
+    k = k.frac_().mul_(6)  # a channel is lowest for a third of the circle, k from 1 to 3, and highest at 4 to 6
+    return torch.addcmul(top, chroma, torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:

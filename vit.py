@@ -785,19 +785,30 @@ class Packed(Images):
         return self.items[i, :, top:top + h, left:left + w]
 
     def look(self, index: np.ndarray, numbers: np.ndarray, view: View) -> Tensor:
-        """A batch of views, float B C h w in 0..1: crop, flip and resize of each picture, by one grid_sample. Not
-        antialiased: meant for enlarging, or shrinking by little."""
-        height, width = self.items.shape[2:]
-        top, left, h, w = view.boxes(numbers, height, width).T
-        sign = np.where(view.flips(numbers), -1.0, 1.0)
-        zero = np.zeros_like(h)
-        theta = np.stack([sign * w / width, zero, (2 * left + w) / width - 1,
-                          zero, h / height, (2 * top + h) / height - 1], axis=1).reshape(-1, 2, 3)
+        """A batch of views, float B C h w in 0..1: each picture cropped, flipped and resized by two matrix products."""
         device = self.items.device
+        boxes = np.column_stack([view.boxes(numbers, *self.items.shape[2:]).round(), view.flips(numbers)])
+        boxes = torch.from_numpy(boxes.astype(np.float32)).to(device, non_blocking=True)
+        top, left, h, w, flip = boxes.T
+        rows = resampling(top, h, torch.zeros_like(flip), self.items.shape[2], view.size[0])
+        columns = resampling(left, w, flip, self.items.shape[3], view.size[1])
         pixels = self.items[torch.from_numpy(index).to(device, non_blocking=True)].float().div_(255)
-        theta = torch.from_numpy(theta.astype(np.float32)).to(device, non_blocking=True)
-        grid = F.affine_grid(theta, [len(index), 3, *view.size], align_corners=False)
-        return F.grid_sample(pixels, grid, "bicubic", "border", align_corners=False).clamp_(0, 1)
+        return (rows[:, None] @ pixels @ columns[:, None].mT).clamp_(0, 1)
+
+
+def resampling(start: Tensor, length: Tensor, flip: Tensor, old: int, new: int) -> Tensor:
+    """Weights of a picture's `old` pixels in each of `new` along one axis, B new old: what lies from `start` over
+    `length`, B each, is resized as Pillow resizes a crop (bicubic, antialiased), and mirrored where `flip` is 1."""
+    pixel = torch.arange(old, device=start.device) + 0.5
+    place = (torch.arange(new, device=start.device) + 0.5) / new                        # 0..1 in the crop
+    start, length, flip = (x.view(-1, 1, 1) for x in (start, length, flip))
+    centre = start + length * (flip + (1 - 2 * flip) * place[:, None])                  # B new 1
+    x = ((pixel - centre) / (length / new).clamp(min=1)).abs()                          # B new old
+    # Keys' cubic kernel with a = -1/2 is u^2 (u - 1) / 2 for 1 < x < 2; nearer than 1, v^2 (1 - 2 v) is added.
+    u, v = (2 - x).clamp_(min=0), (1 - x).clamp_(min=0)
+    weights = u * u * (u - 1) / 2 + v * v * (1 - 2 * v)
+    weights = weights * ((pixel > start) & (pixel < start + length))
+    return weights / weights.sum(2, keepdim=True)
 
 
 class Files(Images):

@@ -105,17 +105,19 @@ def test_crops_of_extreme_pictures_fall_back_to_the_centre(side, box):
     assert tuple(ours.astype(int)) == box
 
 
-def test_the_packed_view_is_the_crop_of_every_picture():
-    images = Packed(torch.randint(0, 256, (6, 3, 32, 40), dtype=torch.uint8), None, None)
-    view = View((48, 48), scale=(0.3, 0.6))
-    numbers = uniform((6, View.NUMBERS), 1, vit.CROPS, 0)
-    ours = images.look(np.arange(6), numbers, view)
-    for i, (top, left, h, w) in enumerate(view.boxes(numbers, 32, 40).astype(int)):
-        expected = TF.resized_crop(images.items[i].float() / 255, top, left, h, w, [48, 48],
-                                   interpolation=v2.InterpolationMode.BICUBIC, antialias=False).clamp(0, 1)
-        expected = expected.flip(2) if numbers[i, 22] < 0.5 else expected
-        inner = (slice(None), slice(8, -8), slice(8, -8))  # at its border ours sees beyond the crop
-        torch.testing.assert_close(ours[i][inner], expected[inner], atol=2e-5, rtol=0)
+@pytest.mark.parametrize("size", [(48, 48), (32, 40), (8, 16)])  # larger, the same, smaller
+@pytest.mark.parametrize("scale", [(0.08, 1.0), None])
+def test_the_packed_view_is_the_crop_of_every_picture(size, scale):
+    images = Packed(torch.randint(0, 256, (30, 3, 32, 40), dtype=torch.uint8), None, None)
+    view = View(size, scale)
+    numbers = uniform((30, View.NUMBERS), 1, vit.CROPS, 0)
+    ours = images.look(np.arange(30), numbers, view)
+    boxes, flips = view.boxes(numbers, 32, 40).round().astype(int), view.flips(numbers)
+    assert 5 < flips.sum() < 25 if scale else not flips.any()
+    for i, box in enumerate(boxes.tolist()):
+        expected = TF.resized_crop(images.items[i].float() / 255, *box, list(size),
+                                   interpolation=v2.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        torch.testing.assert_close(ours[i], expected.flip(2) if flips[i] else expected, atol=1e-5, rtol=0)
 
 
 def test_the_centre_view_of_a_packed_picture_of_its_own_size_is_the_picture():
