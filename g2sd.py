@@ -46,9 +46,9 @@ class MaskedViT(nn.Module):
     def __init__(self, encoder: ViT, decoder: tuple[int, int, int], mask_ratio: float = 0.75):
         super().__init__()
         patches, (width, depth, heads) = encoder.patches, decoder
-        self.keep = int(patches * (1 - mask_ratio))  # cut, not rounded: as in all official code
-        if not 0 < self.keep < patches:
-            raise InputError(f"mask ratio {mask_ratio} leaves {self.keep} of {patches} patches to see; give a value "
+        self.kept = int(patches * (1 - mask_ratio))  # cut, not rounded: as in all official code
+        if not 0 < self.kept < patches:
+            raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {patches} patches to see; give a value "
                              "between 0 and 1")
         kind = encoder.config
         self.encoder = encoder
@@ -63,7 +63,7 @@ class MaskedViT(nn.Module):
 
     def encode(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """images B C h w, noise B N -> tokens of the kept patches B 1+n D, and `restore` B N."""
-        keep, restore = random_masking(noise, self.keep)
+        keep, restore = random_masking(noise, self.kept)
         return self.encoder.encode(images, keep), restore
 
     def decode(self, z: Tensor, restore: Tensor, blocks: int | None = None) -> Tensor:
@@ -113,7 +113,7 @@ class GenericStudent(MaskedViT):
         error = F.smooth_l1_loss(prediction.to(target.dtype), target, beta=2.0, reduction="none").mean(-1)  # B 1+N
         if self.tokens == "all":
             return error.mean()
-        chosen = (restore >= self.keep) == (self.tokens == "masked")                    # B N
+        chosen = (restore >= self.kept) == (self.tokens == "masked")                    # B N
         return (error[:, 1:] * chosen).sum() / chosen.sum()
 
 

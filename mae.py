@@ -7,7 +7,8 @@ He et al., arXiv 2111.06377; for ViT-Tiny with the recipe of MAE-Lite, Wang et a
     y    = decoder([z in its places, mask token elsewhere])
     loss = mean over the hidden patches of |y - pixels|^2, pixels normalised within each patch
 
-With --teacher, D-MAE (MAE-Lite): the raw scores q k^T of the last block imitate those of a larger MAE.
+With --teacher, D-MAE (MAE-Lite): the raw scores q k^T of the last block imitate those of a larger MAE;
+with --decode-from too, D2-MAE: the upper blocks do nothing else, and the decoder reads the state below them.
 With --recipe cifar, the small-image variant of Tan, arXiv 2402.03752: visible patches count a little, too.
 
 Run    python mae.py                                          generated shapes, two minutes on a laptop
@@ -48,9 +49,9 @@ class MaskedViT(nn.Module):
     def __init__(self, encoder: ViT, decoder: tuple[int, int, int], mask_ratio: float = 0.75):
         super().__init__()
         patches, (width, depth, heads) = encoder.patches, decoder
-        self.keep = int(patches * (1 - mask_ratio))  # cut, not rounded: as in all official code
-        if not 0 < self.keep < patches:
-            raise InputError(f"mask ratio {mask_ratio} leaves {self.keep} of {patches} patches to see; give a value "
+        self.kept = int(patches * (1 - mask_ratio))  # cut, not rounded: as in all official code
+        if not 0 < self.kept < patches:
+            raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {patches} patches to see; give a value "
                              "between 0 and 1")
         kind = encoder.config
         self.encoder = encoder
@@ -65,7 +66,7 @@ class MaskedViT(nn.Module):
 
     def encode(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """images B C h w, noise B N -> tokens of the kept patches B 1+n D, and `restore` B N."""
-        keep, restore = random_masking(noise, self.keep)
+        keep, restore = random_masking(noise, self.kept)
         return self.encoder.encode(images, keep), restore
 
     def decode(self, z: Tensor, restore: Tensor, blocks: int | None = None) -> Tensor:
@@ -106,7 +107,7 @@ class MaskedAutoencoder(MaskedViT):
         if noise is None:
             noise = torch.rand(len(images), self.encoder.patches, device=images.device)
         z, restore = self.encode(images, noise)
-        return dict(loss=self.reconstruction_loss(images, self.predict(z, restore), restore >= self.keep))
+        return dict(loss=self.reconstruction_loss(images, self.predict(z, restore), restore >= self.kept))
 
     def predict(self, z: Tensor, restore: Tensor) -> Tensor:
         """Pixels of all patches, B N ppC."""
@@ -134,7 +135,7 @@ class MaskedAutoencoder(MaskedViT):
         if self.norm_pix:
             mean, std = patch_statistics(patchify(images, patch_size))
             prediction = prediction * std + mean
-        hidden = (restore >= self.keep).float().view(-1, 1, *grid)
+        hidden = (restore >= self.kept).float().view(-1, 1, *grid)
         hidden = hidden.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
         return unpatchify(prediction, patch_size, grid), hidden
 
@@ -175,16 +176,48 @@ class DistilledMAE(MaskedAutoencoder):
 
     def forward(self, images: Tensor, noise: Tensor, teacher_scores: list[Tensor]) -> dict[str, Tensor]:
         """images B C h w, noise B N, the teacher's scores B H L L for each layer -> the loss and its two terms."""
-        keep, restore = random_masking(noise, self.keep)
-        scores, x = attention_scores(self.encoder, images, keep, self.layers)
-        for block in self.encoder.blocks[max(self.layers) - 1:]:
-            x = block(x)
-        prediction = self.predict(self.encoder.norm(x), restore)
-        reconstruction = self.reconstruction_loss(images, prediction, restore >= self.keep)
+        keep, restore = random_masking(noise, self.kept)
+        scores, z = self.observe(images, keep)
+        reconstruction = self.reconstruction_loss(images, self.predict(z, restore), restore >= self.kept)
         with torch.autocast(images.device.type, enabled=False):
             attention = sum(F.mse_loss(adapter(student), teacher)
                             for adapter, student, teacher in zip(self.adapters, scores, teacher_scores, strict=True))
         return dict(loss=reconstruction + self.weight * attention, reconstruction=reconstruction, attention=attention)
+
+    def observe(self, images: Tensor, keep: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Raw scores B H L L, one for each that the teacher gives, and what the decoder reads, B L D."""
+        scores, x = attention_scores(self.encoder, images, keep, self.layers)
+        for block in self.encoder.blocks[max(self.layers) - 1:]:
+            x = block(x)
+        return scores, self.encoder.norm(x)
+
+
+class DecoupledMAE(DistilledMAE):
+    """D2-MAE (MAE-Lite's mae_lite_distill_d2_exp.py): the decoder reads the state after block `decode_from`, so that
+    the blocks above it learn from the teacher alone. They end in one block more, of which only the queries and keys
+    exist; these are compared with the teacher's last, and the block is thrown away like the decoder."""
+
+    def __init__(self, *arguments, decode_from: int, **options):
+        super().__init__(*arguments, **options)
+        if not 1 <= decode_from < self.encoder.depth:
+            raise InputError(f"decode_from {decode_from}: expected a block from 1 to {self.encoder.depth - 1}, as the "
+                             "blocks above it are the teacher's")
+        self.decode_from = decode_from
+        heads, kind = self.encoder.blocks[-1].attn.heads, self.encoder.config
+        self.extra = Block(self.encoder.width, heads, qkv_bias=kind["qkv_bias"]).apply(init_linear)
+        del self.extra.attn.proj, self.extra.norm2, self.extra.mlp
+
+    def observe(self, images, keep):
+        x = self.encoder.embed(images, keep)
+        for number, block in enumerate(self.encoder.blocks, start=1):
+            x = block(x)
+            if number == self.decode_from:
+                z = self.encoder.norm(x)
+        return [relation(*self.extra.qkv(x)[:2])], z
+
+    def encode(self, images, noise):
+        keep, restore = random_masking(noise, self.kept)
+        return self.observe(images, keep)[1], restore
 
 
 def attention_scores(vit: ViT, images: Tensor, keep: Tensor, layers: list[int]) -> tuple[list[Tensor], Tensor]:
@@ -240,6 +273,8 @@ OPTIONS = {
         "teacher_heads": (int, COUNT, "heads of the teacher, where its file does not say"),
         "distill_layers": (str, None, "blocks whose scores are compared, counted from 1, as 6,12; else the last"),
         "distill_weight": (float, NOT_NEGATIVE, "weight of the attention term"),
+        "decode_from": (int, COUNT, "D2-MAE: the decoder reads the state after this block (MAE-Lite: 8 of 12), and the "
+                                    "blocks above it learn from the teacher alone"),
     },
 }
 
@@ -251,13 +286,20 @@ def build(args: Namespace, teacher: ViT | None) -> MaskedAutoencoder:
     decoder = decoder_sizes(args.decoder)
     options = dict(mask_ratio=args.mask_ratio, norm_pix=args.norm_pix, visible_weight=args.visible_weight)
     if teacher is None:
+        if args.decode_from:
+            raise InputError("--decode-from (D2-MAE) needs --teacher")
         return MaskedAutoencoder(encoder, decoder, **options)
     layers = distilled_layers(args, encoder)
     if encoder.grid != teacher.grid or encoder.depth != teacher.depth:
         raise InputError(f"--teacher has {teacher.grid} patches and {teacher.depth} blocks, the student {encoder.grid} "
                          f"and {encoder.depth}: D-MAE compares patch by patch and block by block")
-    heads = [teacher.blocks[layer - 1].attn.heads for layer in layers]
-    return DistilledMAE(encoder, decoder, teacher_heads=heads, layers=layers, weight=args.distill_weight, **options)
+    options.update(teacher_heads=[teacher.blocks[layer - 1].attn.heads for layer in layers], layers=layers,
+                   weight=args.distill_weight)
+    if args.decode_from is None:
+        return DistilledMAE(encoder, decoder, **options)
+    if layers != [encoder.depth]:
+        raise InputError(f"--distill-layers {args.distill_layers}: with --decode-from only the last block is compared")
+    return DecoupledMAE(encoder, decoder, decode_from=args.decode_from, **options)
 
 
 def distilled_layers(args: Namespace, encoder: ViT) -> list[int]:
@@ -307,7 +349,8 @@ def main(argv: list[str] | None = None) -> None:
     loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
     log = Log(args, out, world, loader, steps, first, last)
     if world.main:
-        say(f"{'D-MAE' if teacher else 'MAE'}, recipe {args.recipe}: {len(images)} images, {last} steps of "
+        name = "D2-MAE" if args.decode_from else "D-MAE" if teacher else "MAE"
+        say(f"{name}, recipe {args.recipe}: {len(images)} images, {last} steps of "
               f"{args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}")
 
     def save(step: int) -> None:
@@ -348,7 +391,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def teacher_scores(model: DistilledMAE, teacher: ViT, pixels: Tensor, noise: Tensor) -> list[Tensor]:
-    keep, _ = random_masking(noise, model.keep)
+    keep, _ = random_masking(noise, model.kept)
     return attention_scores(teacher, pixels, keep, model.layers)[0]
 
 

@@ -147,9 +147,9 @@ class TinyMIMStudy(TinyMIM):
                  mask_ratio: float = 0.0, mim_weight: float = 0.0, decoder: tuple[int, int, int] = (512, 8, 16)):
         super().__init__(encoder)
         patches = encoder.patches
-        self.keep = int(patches * (1 - mask_ratio))
-        if (mask_ratio and not 0 < self.keep < patches) or (mim_weight and not mask_ratio):
-            raise InputError(f"mask ratio {mask_ratio} leaves {self.keep} of {patches} patches to see: give a value "
+        self.kept = int(patches * (1 - mask_ratio))
+        if (mask_ratio and not 0 < self.kept < patches) or (mim_weight and not mask_ratio):
+            raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {patches} patches to see: give a value "
                              "between 0 and 1; masked image modelling (mim_weight) needs one, in the paper 0.75")
         self.targets, self.softmax, self.mim_weight = targets, softmax, mim_weight
         self.adapters = nn.ModuleDict({name: nn.Linear(encoder.width, teacher_width)
@@ -166,7 +166,7 @@ class TinyMIMStudy(TinyMIM):
         terms = {name: self.compare(name, s, t) for name, s, t in zip(self.targets, student, goal, strict=False)}
         loss = sum(terms.values())
         if self.mim_weight:
-            terms["reconstruction"] = self.decoder(student[-1], images, random_masking(noise, self.keep)[1])
+            terms["reconstruction"] = self.decoder(student[-1], images, random_masking(noise, self.kept)[1])
             loss = loss + self.mim_weight * terms["reconstruction"]
         return dict(loss=loss, **terms)
 
@@ -175,7 +175,7 @@ class TinyMIMStudy(TinyMIM):
         return look(vit, images, number, self.targets, self.seen(noise))
 
     def seen(self, noise: Tensor | None) -> Tensor | None:
-        return None if noise is None else random_masking(noise, self.keep)[0]
+        return None if noise is None else random_masking(noise, self.kept)[0]
 
     def compare(self, name: str, student: Tensor, teacher: Tensor) -> Tensor:
         """The error of one target."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mae import DistilledMAE, MaskedAutoencoder, attention_scores, patch_statistics, patchify, random_masking  # noqa: E402
+from mae import DecoupledMAE, DistilledMAE, MaskedAutoencoder, attention_scores, patch_statistics, patchify, random_masking  # noqa: E402
 from vit import ViT, position_table, resize_positions  # noqa: E402
 
 
@@ -25,7 +25,7 @@ def evaluate(golden: dict) -> dict:
     method = golden["method"].lower()
     if method == "mae":
         return mae(golden)
-    if method in ("d-mae", "dmae"):
+    if method.split()[0] in ("d-mae", "dmae", "d2-mae", "d2mae"):
         return dmae(golden)
     if method.startswith("finetune"):
         return classifier(golden)
@@ -101,13 +101,13 @@ def mae(golden: dict) -> dict:
     norms = grad_norms(model, no_encoder)
     with torch.no_grad():
         each = [model(x[i:i + 1], noise[i:i + 1])["loss"].item() for i in range(len(x))]
-        keep, restore = random_masking(noise, model.keep)
+        keep, restore = random_masking(noise, model.kept)
         z, _ = model.encode(x, noise)
         prediction, target = model.predict(z, restore), patchify(x, model.encoder.patch_size)
         if model.norm_pix:
             mean, std = patch_statistics(target)
             target = (target - mean) / std
-    hidden = (restore >= model.keep).int()
+    hidden = (restore >= model.kept).int()
     samples = {}
     for name, value in (("pred", prediction), ("latent", z), ("target", target)):
         samples.update({f"{name}_shape": list(value.shape), f"{name}_sum": value.sum().item(),
@@ -121,21 +121,29 @@ def mae(golden: dict) -> dict:
                     "latent[-1,-1,:8]": z[-1, -1, :8].tolist(), "pos_embed_sum": model.encoder.pos_embed.sum().item(),
                     "pos_embed_abs_sum": model.encoder.pos_embed.abs().sum().item()})
     return dict(loss=loss.item(), loss_per_image=each, grad_norm=norms, grad_norm_total=float(np.linalg.norm(list(norms.values()))),
-                num_patches=noise.shape[1], len_keep=model.keep, mask=hidden.tolist(), mask_sum=hidden.sum().item(),
+                num_patches=noise.shape[1], len_keep=model.kept, mask=hidden.tolist(), mask_sum=hidden.sum().item(),
                 ids_restore=restore.tolist(), ids_keep=keep.tolist(), samples=samples)
 
 
 def build_dmae(golden: dict) -> tuple[DistilledMAE, ViT, list[int]]:
+    """Student, teacher, and the numbers of the compared blocks in the teacher. A file with `decode_idx` is of D2-MAE:
+    there the student's last block is the one of which only the queries and keys exist."""
     c = golden["config"]
     student, teacher, layers = c["student"], ViT(**vit_arguments(c["teacher"])).double(), list(c["distill_attn_idx"])
-    model = DistilledMAE(ViT(**vit_arguments(student)), decoder_arguments(student), golden["input"]["mask_ratio"],
-                         student["norm_pix_loss"], teacher_heads=[teacher.blocks[i - 1].attn.heads for i in layers],
-                         layers=layers, weight=c["distill_attn_alpha"]).double()
+    kind, options, depth = DistilledMAE, {}, student["depth"]
+    if "decode_idx" in c:
+        kind, options, depth = DecoupledMAE, dict(decode_from=c["decode_idx"]), student["depth"] - 1
+    ours = [depth] if options else layers
+    model = kind(ViT(**{**vit_arguments(student), "depth": depth}), decoder_arguments(student), golden["input"]["mask_ratio"],
+                 student["norm_pix_loss"], teacher_heads=[teacher.blocks[i - 1].attn.heads for i in layers],
+                 layers=ours, weight=c["distill_attn_alpha"], **options).double()
 
     adapters = list(golden["input"]["adapter_fill_names"])
 
     def reference_name(name: str) -> str:
-        return adapters[int(name.split(".")[1])] if name.startswith("adapters.") else no_encoder(name)
+        if name.startswith("adapters."):
+            return adapters[int(name.split(".")[1])]
+        return no_encoder(name).replace("extra.", f"blocks.{depth}.")
     fill(model, reference_name)
     fill(teacher, lambda name: "tch_model." + name)
     model.reference_name = reference_name
@@ -145,18 +153,19 @@ def build_dmae(golden: dict) -> tuple[DistilledMAE, ViT, list[int]]:
 def dmae(golden: dict) -> dict:
     model, teacher, layers = build_dmae(golden)
     x, noise = images(golden["input"]["images"]), mask_noise(golden["input"]["mask_noise"])
-    keep, restore = random_masking(noise, model.keep)
+    keep, restore = random_masking(noise, model.kept)
     with torch.no_grad():
         theirs, _ = attention_scores(teacher, x, keep, layers)
     losses = model(x, noise, theirs)
     losses["loss"].backward()
     norms = grad_norms(model, model.reference_name)
     with torch.no_grad():
-        ours, _ = attention_scores(model.encoder, x, keep, layers)
+        ours, _ = model.observe(x, keep)
         prediction = model.predict(model.encode(x, noise)[0], restore)
         samples = {"pred_shape": list(prediction.shape), "pred_sum": prediction.sum().item(),
                    "pred_abs_sum": prediction.abs().sum().item(), "pred[0,0,:6]": prediction[0, 0, :6].tolist()}
-        for layer, student, target, adapter in zip(layers, ours, theirs, model.adapters, strict=True):
+        compared = golden["config"].get("distill_std_attn_idx", layers)
+        for layer, of_student, student, target, adapter in zip(layers, compared, ours, theirs, model.adapters, strict=True):
             adapted, entry = adapter(student), {}
             for name, value in (("student_logits", student), ("teacher_logits", target), ("adapted", adapted)):
                 entry.update({f"{name}_sum": value.sum().item(), f"{name}_abs_sum": value.abs().sum().item(),
@@ -164,10 +173,10 @@ def dmae(golden: dict) -> dict:
                 if name != "adapted":
                     entry.update({f"{name}_shape": list(value.shape), f"{name}[-1,-1,-1,-6:]": value[-1, -1, -1, -6:].tolist()})
             entry["loss"] = F.mse_loss(adapted, target).item()
-            samples[f"attn layer {layer} (student {layer})"] = entry
+            samples[f"attn layer {layer} (student {of_student})"] = entry
     adapters = {name: norms.pop(name) for name in list(norms) if name.startswith("attn_adapter")}
     return dict(loss=losses["loss"].item(), loss_recon=losses["reconstruction"].item(), loss_attn=losses["attention"].item(),
-                grad_norm=norms, grad_norm_adapter=adapters, mask_sum=int((restore >= model.keep).sum()), ids_keep=keep.tolist(),
+                grad_norm=norms, grad_norm_adapter=adapters, mask_sum=int((restore >= model.kept).sum()), ids_keep=keep.tolist(),
                 samples=samples)
 
 

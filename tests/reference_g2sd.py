@@ -87,10 +87,10 @@ def generic(golden: dict) -> dict:
         for name in golden["state_dict_shapes"]["student"]:  # modules that we leave out: unused, or weighted by 0
             grads[tokens].setdefault(name, 0.0 if name.startswith("encoderfeature_pred.") else None)
     with torch.no_grad():
-        keep, order = g2sd.random_masking(noise, student.keep)
+        keep, order = g2sd.random_masking(noise, student.kept)
         z, _ = student.encode(images, noise)
         prediction = student.predictor(student.decode(z, order))
-    n, total = student.keep, noise.shape[1]
+    n, total = student.kept, noise.shape[1]
     tables = {f"{who}.{reference_name(name)}": [p.sum().item(), p.abs().sum().item()]
               for who, model in (("teacher", teacher), ("student", student))
               for name, p in model.named_parameters() if "pos_embed" in name}

@@ -12,7 +12,7 @@ from tests.reference import build_dmae, build_mae, evaluate, images, mask_noise,
 from vit import InputError, ViT, param_groups
 
 GOLDEN = {name: json.loads((Path(__file__).parent / f"golden/{name}.json").read_text())
-          for name in ("mae_tiny", "mae_norm_pix", "dmae_tiny")}
+          for name in ("mae_tiny", "mae_norm_pix", "dmae_tiny", "d2mae_tiny")}
 ABSENT = {"loss_if_pos_embed_kept_in_float64", "loss_hidden", "loss_is", "if_pos_embeds_kept_in_float64",
           "NOT_THE_LOSS if softmax before the adapter", "NOT_THE_LOSS if softmax after the adapter",
           "NOT_THE_LOSS if class token left out"}  # facts about other computations than ours
@@ -117,8 +117,8 @@ def small(**options) -> MaskedAutoencoder:
 
 def test_pixels_of_visible_patches_and_of_nothing_else_reach_the_encoder():
     model, x, noise = small(), torch.randn(2, 3, 8, 16), torch.rand(2, 8)
-    _, restore = random_masking(noise, model.keep)
-    hidden = unpatchify((restore >= model.keep).float().unsqueeze(-1).expand(-1, -1, 48), 4, (2, 4))
+    _, restore = random_masking(noise, model.kept)
+    hidden = unpatchify((restore >= model.kept).float().unsqueeze(-1).expand(-1, -1, 48), 4, (2, 4))
     z, _ = model.encode(x, noise)
     assert torch.equal(z, model.encode(x + hidden, noise)[0])
     assert not torch.allclose(z, model.encode(x + 1 - hidden, noise)[0])
@@ -128,8 +128,8 @@ def test_loss_ignores_predictions_on_visible_patches_unless_they_have_weight():
     x, noise = torch.randn(2, 3, 8, 16), torch.rand(2, 8)
     for weight in (0.0, 0.1):
         model = small(visible_weight=weight)
-        _, restore = random_masking(noise, model.keep)
-        hidden, prediction = restore >= model.keep, torch.randn(2, 8, 48)
+        _, restore = random_masking(noise, model.kept)
+        hidden, prediction = restore >= model.kept, torch.randn(2, 8, 48)
         changed = torch.where(hidden.unsqueeze(-1), prediction, prediction + 1)
         same = torch.equal(model.reconstruction_loss(x, prediction, hidden), model.reconstruction_loss(x, changed, hidden))
         assert same == (weight == 0)
@@ -174,12 +174,13 @@ def test_a_mask_ratio_that_hides_nothing_or_all_is_refused(ratio):
 
 # ---- D-MAE
 
-def test_dmae_three_optimizer_steps():
-    golden = GOLDEN["dmae_tiny"]
+@pytest.mark.parametrize("name", ["dmae_tiny", "d2mae_tiny"])
+def test_dmae_three_optimizer_steps(name):
+    golden = GOLDEN[name]
     model, teacher, layers = build_dmae(golden)
     x, noise = images(golden["input"]["images"]), mask_noise(golden["input"]["mask_noise"])
     with torch.no_grad():
-        scores, _ = attention_scores(teacher, x, random_masking(noise, model.keep)[0], layers)
+        scores, _ = attention_scores(teacher, x, random_masking(noise, model.kept)[0], layers)
     optimizer = torch.optim.AdamW(param_groups(model, 0.05), 1e-3, betas=(0.9, 0.95))
     for expected in golden["train_3_steps"]["losses"]:
         losses = model(x, noise, scores)
@@ -196,15 +197,16 @@ def test_dmae_three_optimizer_steps():
     ("softmax after the adapter", lambda adapter, s, t: F.mse_loss(adapter(s).softmax(-1), t.softmax(-1))),
     ("class token left out", lambda adapter, s, t: F.mse_loss(adapter(s)[..., 1:, 1:], t[..., 1:, 1:])),
 ])
-def test_dmae_mistakes_give_the_values_that_the_reference_lists_for_them(key, change):
-    golden = GOLDEN["dmae_tiny"]
+@pytest.mark.parametrize("name, layer", [("dmae_tiny", "attn layer 2 (student 2)"), ("d2mae_tiny", "attn layer 3 (student 4)")])
+def test_dmae_mistakes_give_the_values_that_the_reference_lists_for_them(name, layer, key, change):
+    golden = GOLDEN[name]
     model, teacher, layers = build_dmae(golden)
     x, noise = images(golden["input"]["images"]), mask_noise(golden["input"]["mask_noise"])
-    keep, _ = random_masking(noise, model.keep)
+    keep, _ = random_masking(noise, model.kept)
     with torch.no_grad():
-        theirs, ours = (attention_scores(net, x, keep, layers)[0][0] for net in (teacher, model.encoder))
+        theirs, ours = attention_scores(teacher, x, keep, layers)[0][0], model.observe(x, keep)[0][0]
         wrong = change(model.adapters[0], ours, theirs).item()
-    listed = golden["expected"]["samples"]["attn layer 2 (student 2)"][f"NOT_THE_LOSS if {key}"]
+    listed = golden["expected"]["samples"][layer][f"NOT_THE_LOSS if {key}"]
     assert wrong == pytest.approx(listed, rel=1e-8)
     assert abs(wrong / golden["expected"]["loss_attn"] - 1) > 1e-3
 
@@ -215,7 +217,7 @@ def test_a_student_equal_to_its_teacher_has_no_attention_loss_under_an_identity_
     with torch.no_grad():
         model.adapters[0].weight.copy_(torch.eye(2)[:, :, None, None])
     x, noise = torch.randn(2, 3, 8, 8), torch.rand(2, 4)
-    keep, _ = random_masking(noise, model.keep)
+    keep, _ = random_masking(noise, model.kept)
     scores, _ = attention_scores(model.encoder, x, keep, [2])
     assert model(x, noise, scores)["attention"] == 0
     turned, _ = attention_scores(model.encoder, x, keep.flip(1), [2])  # the same patches in another order
@@ -230,8 +232,52 @@ def test_several_layers_are_summed_and_the_teacher_stops_at_the_last():
     for i, block in enumerate(teacher.blocks):
         block.register_forward_hook(lambda *_, i=i: called.append(i))
     x, noise = torch.randn(2, 3, 8, 8), torch.rand(2, 4)
-    scores, _ = attention_scores(teacher, x, random_masking(noise, model.keep)[0], [1, 2])
+    scores, _ = attention_scores(teacher, x, random_masking(noise, model.kept)[0], [1, 2])
     assert called == [0]  # block 2 gives its queries and keys only
     each = [F.mse_loss(adapter(s), t) for adapter, s, t in zip(
-        model.adapters, attention_scores(model.encoder, x, random_masking(noise, model.keep)[0], [1, 2])[0], scores, strict=True)]
+        model.adapters, attention_scores(model.encoder, x, random_masking(noise, model.kept)[0], [1, 2])[0], scores, strict=True)]
     torch.testing.assert_close(model(x, noise, scores)["attention"], sum(each))
+
+
+@pytest.mark.parametrize("mistake", ["decoder reads the last block", "norm left out", "last block's own scores"])
+def test_a_mistake_in_d2mae_misses_the_reference(mistake, monkeypatch):
+    true = mae.DecoupledMAE.observe
+
+    def wrong(self, images, keep):
+        scores, z = true(self, images, keep)
+        if mistake == "decoder reads the last block":
+            z = self.encoder.encode(images, keep)
+        elif mistake == "norm left out":
+            x = self.encoder.embed(images, keep)
+            for block in self.encoder.blocks[:self.decode_from]:
+                x = block(x)
+            z = x
+        else:
+            scores, _ = attention_scores(self.encoder, images, keep, self.layers)
+        return scores, z
+    monkeypatch.setattr(mae.DecoupledMAE, "observe", wrong)
+    assert worst_deviation(GOLDEN["d2mae_tiny"]) > 1e-5
+    monkeypatch.undo()
+    assert worst_deviation(GOLDEN["d2mae_tiny"]) < 1e-6
+
+
+def test_in_d2mae_the_upper_blocks_learn_from_the_teacher_alone():
+    torch.manual_seed(0)
+    model = mae.DecoupledMAE(ViT(image_size=8, patch_size=4, width=16, depth=3, heads=2), (12, 1, 2), 0.5,
+                             teacher_heads=[2], layers=[3], decode_from=2)
+    x, noise = torch.randn(2, 3, 8, 8), torch.rand(2, 4)
+    losses = model(x, noise, [torch.randn(2, 2, 3, 3)])
+    losses["reconstruction"].backward(retain_graph=True)
+    learned = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert not any(name.startswith(("encoder.blocks.2.", "extra.", "adapters.")) for name in learned)
+    losses["attention"].backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("flags", ["--decode-from 2", "--teacher T --decode-from 4", "--teacher T --decode-from 2 --distill-layers 1"])
+def test_d2mae_flags_that_do_not_fit_are_refused(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = ViT(image_size=32, patch_size=4, width=16, depth=4, heads=2)
+    torch.save(dict(model=teacher.state_dict(), config=dict(teacher.config, mean=[0.5] * 3, std=[0.5] * 3)), "t.pth")
+    with pytest.raises(InputError, match="decode.from"):
+        mae.main([*flags.replace("T", "t.pth").split(), "--device", "cpu"])
