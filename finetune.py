@@ -35,52 +35,12 @@ from vit import (COMMON_OPTIONS, COUNT, IMAGENET_MEAN, IMAGENET_STD, NOT_NEGATIV
 # -------------------------------------------------------------------- the method
 
 
-def build(args: Namespace, weights: tuple[dict, dict] | None, classes: int) -> tuple[ViT, list[str]]:
-    """The classifier, and the names of its parameters that start afresh. weights: from `read_encoder`, or None."""
-    torch.manual_seed(args.seed)
-    frozen = args.protocol != "finetune"
-    if weights is None:
-        model = ViT(**vit_options(args), pool=args.pool, classes=classes, drop_path=args.drop_path)
-        scratch_init(model)
-        fresh = ["everything"]
-    else:
-        state, config = weights
-        state = {name: value for name, value in state.items()
-                 if not name.startswith("head.") and reused(name, args.reuse)}
-        if frozen and args.pool == "mean" and "norm.weight" in state:  # nothing could train a fresh fc_norm
-            state.update({f"fc_norm.{name}": state[f"norm.{name}"] for name in ("weight", "bias")})
-        # TinyMIM gives the last block the teacher's heads in pre-training only (its models_vit.py).
-        size = encoder_options(config, image_size=args.image_size, last_heads=config["last_heads"] if frozen else None)
-        model = ViT(**size, pool=args.pool, classes=classes, drop_path=args.drop_path)
-        blocks = [f"blocks.{i}." for i in range(model.depth) if not reused(f"blocks.{i}.", args.reuse)]
-        fresh = load_encoder(model, state, config, fresh=("head.", *blocks))
-    model.pos_embed.requires_grad_(True)  # sin-cos positions are where learning starts here (MAE, timm)
-    if args.protocol == "linear":
-        model.requires_grad_(False)
-        model.head = probe_head(model.width, classes)
-    elif weights is not None:
-        nn.init.normal_(model.head.weight, std=2e-5)  # MAE: the new head hardly disturbs the encoder at first
-    return model, fresh
-
-
 def probe_head(width: int, classes: int) -> nn.Sequential:
     """What the linear probe trains: BatchNorm without scale and shift, then a linear map."""
     linear = nn.Linear(width, classes)
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
-
-
-def reused(name: str, blocks: int | None) -> bool:
-    """Whether a pre-trained weight is taken, where only the first `blocks` blocks are (MAE-Lite's study of layers)."""
-    return blocks is None or not name.startswith("blocks.") or int(name.split(".")[1]) < blocks
-
-
-def scratch_init(model: ViT) -> None:
-    """Weights to train from scratch: N(0, 0.02) and zero biases, as in DeiT and timm."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
 
 
 class LARS(torch.optim.Optimizer):
@@ -203,6 +163,46 @@ def choose_recipe(args: Namespace, images: Images, weights: tuple[dict, dict] | 
         sizes = {SIZES[size]["width"]: f"imagenet-{size}" for size in ("small", "base", "large", "huge")}
         return sizes.get(width, name)
     return name
+
+
+def build(args: Namespace, weights: tuple[dict, dict] | None, classes: int) -> tuple[ViT, list[str]]:
+    """The classifier, and the names of its parameters that start afresh. weights: from `read_encoder`, or None."""
+    torch.manual_seed(args.seed)
+    model, fresh = from_scratch(args, classes) if weights is None else pretrained(args, *weights, classes)
+    model.pos_embed.requires_grad_(True)  # sin-cos positions are where learning starts here (MAE, timm)
+    if args.protocol == "linear":
+        model.requires_grad_(False)
+        model.head = probe_head(model.width, classes)
+    elif weights is not None:
+        nn.init.normal_(model.head.weight, std=2e-5)  # MAE: the new head hardly disturbs the encoder at first
+    return model, fresh
+
+
+def from_scratch(args: Namespace, classes: int) -> tuple[ViT, list[str]]:
+    """A new network, its weights N(0, 0.02) as in DeiT and timm."""
+    model = ViT(**vit_options(args), pool=args.pool, classes=classes, drop_path=args.drop_path)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+    return model, ["everything"]
+
+
+def pretrained(args: Namespace, state: dict, config: dict, classes: int) -> tuple[ViT, list[str]]:
+    """The network of a file with its weights, but for the head and the blocks from --reuse on."""
+    frozen = args.protocol != "finetune"
+    state = {name: value for name, value in state.items() if not name.startswith("head.") and reused(name, args.reuse)}
+    if frozen and args.pool == "mean" and "norm.weight" in state:  # nothing could train a fresh fc_norm
+        state.update({f"fc_norm.{name}": state[f"norm.{name}"] for name in ("weight", "bias")})
+    # TinyMIM gives the last block the teacher's heads in pre-training only (its models_vit.py).
+    size = encoder_options(config, image_size=args.image_size, last_heads=config["last_heads"] if frozen else None)
+    model = ViT(**size, pool=args.pool, classes=classes, drop_path=args.drop_path)
+    blocks = [f"blocks.{i}." for i in range(model.depth) if not reused(f"blocks.{i}.", args.reuse)]
+    return model, load_encoder(model, state, config, fresh=("head.", *blocks))
+
+
+def reused(name: str, blocks: int | None) -> bool:
+    """Whether a pre-trained weight is taken, where only the first `blocks` blocks are (MAE-Lite's study of layers)."""
+    return blocks is None or not name.startswith("blocks.") or int(name.split(".")[1]) < blocks
 
 
 def make_optimizer(model: ViT, args: Namespace, lr: float) -> torch.optim.Optimizer:

@@ -379,11 +379,11 @@ def main(argv: list[str] | None = None) -> None:
         if log.save_due():
             save(step)
         if world.main and step % max(1, last // 10) == 0:
-            score = draw(model, images, normalize, args, world, out / f"pictures/{step:07d}.png")
+            score = save_reconstructions(model, images, normalize, args, world, out / f"pictures/{step:07d}.png")
             log.write(dict(step=step, **score))
     log.finish(save, step)  # a run stopped by a signal ends here
     if world.main:
-        score = draw(model, images, normalize, args, world, out / "reconstruction.png")
+        score = save_reconstructions(model, images, normalize, args, world, out / "reconstruction.png")
         free = "each hidden patch its true mean" if args.norm_pix else "hidden patches the mean of the visible ones"
         say(f"squared error on hidden pixels {score['masked_mse']:.4f}; painting {free}: {score['baseline_mse']:.4f}\n"
             f"{out}/reconstruction.png\nnext:  python finetune.py --data {args.data} --init {out}/encoder.pth")
@@ -395,8 +395,8 @@ def teacher_scores(model: DistilledMAE, teacher: ViT, pixels: Tensor, noise: Ten
     return attention_scores(teacher, pixels, keep, model.layers)[0]
 
 
-def draw(model: MaskedAutoencoder, images: Images, normalize: Callable, args: Namespace, world: World,
-         path: Path) -> dict[str, float]:
+def save_reconstructions(model: MaskedAutoencoder, images: Images, normalize: Callable, args: Namespace, world: World,
+                         path: Path) -> dict[str, float]:
     """Writes rows of picture | masked | reconstruction | the same with the visible patches, and measures the squared
     error on the hidden pixels (0..1) of 64 pictures. The baseline paints what a network gets for free: with norm_pix
     the true mean of each hidden patch, else the mean of the picture's visible patches."""

@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         views = [recolour(pixels, draw_colours(numbers[view], view, args.blur))
                  for view, pixels in enumerate(next(loader)[0].chunk(2))]               # B C h w each
         if world.main and step == 1:
-            draw_views(views, out / "views.png")
+            save_views(views, out / "views.png")
         with autocast(args):
             losses = wrapped(*map(normalize, views), momentum)
         scaler.scale(losses["loss"]).backward()
@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
             "(without fine-tuning: --protocol knn --pool cls, or linear)")
 
 
-def draw_views(views: list[Tensor], path: Path) -> None:
+def save_views(views: list[Tensor], path: Path) -> None:
     """Writes 32 pairs of views: what the network is told to be the same."""
     pairs = torch.stack(views, dim=1)[:32].flatten(0, 1)
     try:

@@ -162,7 +162,7 @@ class TinyMIMStudy(TinyMIM):
     def forward(self, images: Tensor, goal: list[Tensor], noise: Tensor | None = None) -> dict[str, Tensor]:
         """As TinyMIM's; noise B N in 0..1 where patches are masked. Every term comes under its own name."""
         names = [*self.targets, "output"] if self.mim_weight else self.targets
-        student = look(self.encoder, images, self.encoder.depth, names, self.seen(noise))
+        student = targets_of(self.encoder, images, self.encoder.depth, names, self.seen(noise))
         terms = {name: self.compare(name, s, t) for name, s, t in zip(self.targets, student, goal, strict=False)}
         loss = sum(terms.values())
         if self.mim_weight:
@@ -172,7 +172,7 @@ class TinyMIMStudy(TinyMIM):
 
     def observe(self, vit: ViT, images: Tensor, number: int, noise: Tensor | None = None) -> list[Tensor]:
         """The targets of block `number`, in their order."""
-        return look(vit, images, number, self.targets, self.seen(noise))
+        return targets_of(vit, images, number, self.targets, self.seen(noise))
 
     def seen(self, noise: Tensor | None) -> Tensor | None:
         return None if noise is None else random_masking(noise, self.kept)[0]
@@ -192,7 +192,7 @@ def smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
     return F.smooth_l1_loss(full_precision(student), full_precision(teacher), beta=2.0)
 
 
-def look(vit: ViT, images: Tensor, number: int, names: list[str], keep: Tensor | None = None) -> list[Tensor]:
+def targets_of(vit: ViT, images: Tensor, number: int, names: list[str], keep: Tensor | None = None) -> list[Tensor]:
     """The `names` of TARGETS in block `number` (from 1): relations B H L L, features B L D, class token B D."""
     x, block = tokens_into(vit, images, number, keep), vit.blocks[number - 1]
     heads = dict(zip("qkv", block.qkv(x), strict=True))                                 # B H L d

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.reference import fill, grad_norms, images, mask_noise, no_encoder, vit_arguments
-from tinymim import RELATIONS, TinyMIM, TinyMIMStudy, divergence, look
+from tinymim import RELATIONS, TinyMIM, TinyMIMStudy, divergence, targets_of
 from vit import ViT, param_groups, relation
 
 TINY = Path(__file__).parent / "golden/tinymim_tiny.json"
@@ -185,7 +185,7 @@ def teacher_targets() -> dict:
         "q": ("q", number), "k": ("k", number), "v": ("v", number),
     }
     for key, (name, block) in places.items():
-        value = look(teacher, view, block, [name])[0]
+        value = targets_of(teacher, view, block, [name])[0]
         found[key] = {"shape": list(value.shape), "[0,0,:4]": value[0, 0, :4].tolist(), "norm": value.norm().item(),
                       "whitened.abs.sum": F.layer_norm(value, value.shape[-1:]).abs().sum().item()}
     return found

@@ -216,7 +216,7 @@ def test_an_untrained_network_is_no_better_than_patch_means():
     run(mae, "--epochs 0 --out a")
     args = torch.load("a/last.pth", weights_only=True)["args"]
     model = mae.build(__import__("argparse").Namespace(**args), None)
-    score = mae.draw(model, vit.shapes(100, 0), vit.normalizer(args["mean"], args["std"], torch.device("cpu")),
+    score = mae.save_reconstructions(model, vit.shapes(100, 0), vit.normalizer(args["mean"], args["std"], torch.device("cpu")),
                      __import__("argparse").Namespace(**args), vit.World(0, 1, torch.device("cpu")), Path("a/x.png"))
     assert score["masked_mse"] > score["baseline_mse"]
 

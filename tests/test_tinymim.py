@@ -22,7 +22,7 @@ import tests.reference_tinymim as reference
 import tinymim
 from tests.reference import evaluate, no_encoder
 from tests.test_mae import assert_meets
-from tinymim import (OPTIONS, RECIPES, RELATIONS, TARGETS, PixelDecoder, TinyMIM, TinyMIMStudy, build, divergence, look,
+from tinymim import (OPTIONS, RECIPES, RELATIONS, TARGETS, PixelDecoder, TinyMIM, TinyMIMStudy, build, divergence, targets_of,
                      main, random_masking, student_view)
 from vit import (IMAGENET_MEAN, IMAGENET_STD, InputError, ViT, apply_recipe, param_groups, parse_args, read_encoder,
                  relation)
@@ -228,7 +228,7 @@ def test_the_default_is_the_study_with_its_two_relations():
 
 def test_targets_are_the_parts_of_a_block():
     net, x = teacher(), torch.randn(2, 3, 16, 16)
-    got = dict(zip(TARGETS, look(net, x, 2, list(TARGETS)), strict=True))
+    got = dict(zip(TARGETS, targets_of(net, x, 2, list(TARGETS)), strict=True))
     inside = net.blocks[0](net.embed(x))
     torch.testing.assert_close(got["block"], net.blocks[1](inside))
     torch.testing.assert_close(got["attention-residual"], inside + got["attention"])
