@@ -1,6 +1,6 @@
 """Classification with a Vision Transformer: fine-tuning, linear probe, k-NN, training from scratch, evaluation.
 
-    fine-tune   all weights learn; block i at lr * decay^(depth - i): low layers keep what pre-training taught them
+    fine-tune   all weights are trained; block i, from 0, at lr * decay^(depth - i): low layers change the least
     linear      frozen encoder, y = W BatchNorm(features); W by LARS (MAE's main_linprobe.py)
     knn         no training: the 20 nearest training pictures vote, each with weight exp(cosine / 0.07)
 
@@ -36,7 +36,7 @@ from vit import (COMMON_OPTIONS, COUNT, IMAGENET_MEAN, IMAGENET_STD, NOT_NEGATIV
 
 
 def probe_head(width: int, classes: int) -> nn.Sequential:
-    """What the linear probe trains: BatchNorm without scale and shift, then a linear map."""
+    """What the linear probe trains: BatchNorm without scale and shift, then a linear layer."""
     linear = nn.Linear(width, classes)
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
@@ -130,15 +130,15 @@ OPTIONS = {
         "protocol": (str, ("finetune", "linear", "knn"), "finetune, linear or knn [finetune]"),
         "init": (str, None, "weights: encoder.pth of any of the scripts, or an official file; without: from scratch"),
         "eval": (bool, None, "evaluate the classifier in --init, and nothing else"),
-        "labels": (int, COUNT, "number of labelled training pictures, as many of each class; else all"),
-        "reuse": (int, NOT_NEGATIVE, "take only the first so many pre-trained blocks, the others start afresh"),
+        "labels": (int, COUNT, "labelled training images in total, balanced over the classes; else all"),
+        "reuse": (int, NOT_NEGATIVE, "use only so many pre-trained blocks, from the first; the rest start afresh"),
         "pool": (str, ("cls", "mean"), "features: cls (class token) or mean (of the patches)"),
         "eval_every": (int, COUNT, "epochs between evaluations"),
     },
     "optimisation": {
         "optimizer": (str, ("adamw", "sgd", "lars"), "adamw, sgd (Nesterov momentum 0.9) or lars"),
         "layer_decay": (float, SHARE, "factor of the learning rate from block to block downwards; from scratch 1"),
-        "clip_grad": (float, NOT_NEGATIVE, "largest norm of the gradient; 0: any"),
+        "clip_grad": (float, NOT_NEGATIVE, "maximum gradient norm; 0: no clipping"),
     },
     "regularisation": {
         "drop_path": (float, SHARE, "rate of stochastic depth in the last block, growing from 0"),
@@ -169,7 +169,7 @@ def build(args: Namespace, weights: tuple[dict, dict] | None, classes: int) -> t
     """The classifier, and the names of its parameters that start afresh. weights: from `read_encoder`, or None."""
     torch.manual_seed(args.seed)
     model, fresh = from_scratch(args, classes) if weights is None else pretrained(args, *weights, classes)
-    model.pos_embed.requires_grad_(True)  # sin-cos positions are where learning starts here (MAE, timm)
+    model.pos_embed.requires_grad_(True)  # here sin-cos positions are only the initial values (MAE, timm)
     if args.protocol == "linear":
         model.requires_grad_(False)
         model.head = probe_head(model.width, classes)

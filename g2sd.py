@@ -6,10 +6,10 @@ Huang et al., arXiv 2302.14771; what the paper leaves open follows the authors' 
                target = LayerNorm(state of the teacher's decoder after its block 4 of 8), no scale and shift
                loss   = smooth_l1(MLP(student's decoder), target), beta = 2, mean over all tokens
     specific   [class token, patches, distillation token] -> y_c, y_d, by a linear head each
-               loss   = (CE(y_c, labels) + CE(y_d, argmax of the teacher)) / 2;   in use, y = (y_c + y_d) / 2
+               loss   = (CE(y_c, labels) + CE(y_d, argmax of the teacher)) / 2;   at inference y = (y_c + y_d) / 2
 
-The first stage leaves an encoder like any other, the second a classifier. Watch the generic loss: predicting zeros
-scores about 0.247 (logged as `zeros`), and a run that stays near it learns nothing.
+The first stage gives a plain encoder, the second a classifier. Watch the generic loss: predicting zeros gives about
+0.247 (logged as `zeros`), and a run that stays near it learns nothing.
 
 Run    python mae.py --width 128 --heads 8 --out runs/teacher                            the demo's teacher
        python g2sd.py --teacher runs/teacher/last.pth                                    stage 1 -> runs/g2sd-demo
@@ -37,9 +37,9 @@ from vit import (COMMON_OPTIONS, COUNT, MASKS, NOT_NEGATIVE, SHARE, Batches, Blo
 
 
 class MaskedViT(nn.Module):
-    """A ViT that sees a random part of the patches, and a light decoder that works on all of them.
+    """A ViT that sees a random subset of the patches, and a light decoder that works on all of them.
 
-    decoder      width, blocks, heads; its MLPs, activation and positions are of the encoder's kind
+    decoder      width, blocks, heads; MLP ratio, activation and kind of positions are the encoder's
     mask_ratio   share of the patches that the encoder does not see
     """
 
@@ -78,14 +78,14 @@ class MaskedViT(nn.Module):
 
 
 def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """noise B N -> numbers of the `keep` patches with the lowest noise, B n, and `restore` B N: the place of every
-    patch in the order of noise. Patch i is hidden if restore[i] >= n."""
+    """noise B N -> indices of the `keep` patches with the lowest noise, B n, and `restore` B N: the rank of every patch
+    by its noise. Patch i is hidden if restore[i] >= n; tokens sorted by noise return to image order by this index."""
     order = noise.argsort(dim=1)
-    return order[:, :keep], order.argsort(dim=1)
+    return order[:, :keep], order.argsort(dim=1)  # the second argsort inverts the permutation: restore[order[k]] = k
 
 
 class GenericStudent(MaskedViT):
-    """Stage 1: a small MAE whose decoder predicts what the teacher's decoder thinks, instead of pixels.
+    """Stage 1: a small MAE whose decoder predicts features of the teacher's decoder instead of pixels.
 
     teacher_width   width T of the teacher's decoder
     tokens          where the two are compared: all (class token included), masked or visible patches
@@ -97,7 +97,7 @@ class GenericStudent(MaskedViT):
         if tokens not in ("all", "masked", "visible"):
             raise InputError(f"tokens {tokens!r} is unknown; there are all, masked, visible")
         self.tokens = tokens
-        # The paper's figure shows no map between; the authors' code has this one, thrown away with the decoder.
+        # The paper's figure shows no layers in between; the authors' code has these, discarded with the decoder.
         self.predictor = nn.Sequential(nn.Linear(decoder[0], teacher_width), nn.GELU(),
                                        nn.Linear(teacher_width, teacher_width)).apply(init_linear)
 
@@ -163,8 +163,8 @@ class SpecificStudent(ViT):
 
 def specific_loss(by_class: Tensor, by_token: Tensor | None, labels: Tensor, teacher: Tensor,
                   smoothing: float = 0.0) -> dict[str, Tensor]:
-    """All logits B K; labels B, or B K after mixing. The labels teach the class token; the teacher's verdict on the
-    very same pixels teaches the distillation token. Without logits of the latter, NKD."""
+    """Logits of the student's two heads and of the teacher, B K each; labels B, or B K after mixing. The labels teach the class token; the class that the
+    teacher predicts for the same pixels teaches the distillation token. Where by_token is None, the loss is NKD."""
     at_least_float = torch.promote_types(by_class.dtype, torch.float32)
     if by_token is None:
         return dict(loss=nkd_loss(by_class.to(at_least_float), teacher.to(at_least_float), labels))
@@ -237,8 +237,8 @@ OPTIONS = {
     "specific stage": {
         "init": (str, None, "encoder.pth of the generic stage or another; with --eval, model.pth"),
         "eval": (bool, None, "evaluate the classifier in --init, and nothing else"),
-        "distillation": (str, ("hard", "nkd"), "hard (the teacher's verdict, for a token and head of its own) or nkd"),
-        "labels": (int, COUNT, "number of labelled training pictures, as many of each class; else all"),
+        "distillation": (str, ("hard", "nkd"), "hard (the teacher's top class, with its own token and head) or nkd"),
+        "labels": (int, COUNT, "labelled training images in total, balanced over the classes; else all"),
         "layer_decay": (float, SHARE, "factor of the learning rate from block to block downwards"),
         "drop_path": (float, SHARE, "rate of stochastic depth in the last block, growing from 0"),
         "smoothing": (float, SHARE, "of the labels"),

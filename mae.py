@@ -1,23 +1,24 @@
-"""Masked autoencoder (MAE): hide 75 % of the patches, encode the rest, repaint the hidden ones.
+"""Masked autoencoder (MAE): hide 75 % of the patches, encode the rest, reconstruct the hidden ones.
 
 He et al., arXiv 2111.06377; for ViT-Tiny with the recipe of MAE-Lite, Wang et al., arXiv 2205.14443.
 
     keep = a random 25 % of the patches, drawn anew for every image
-    z    = encoder([class token, patches[keep]])          the encoder never meets a hidden patch
-    y    = decoder([z in its places, mask token elsewhere])
-    loss = mean over the hidden patches of |y - pixels|^2, pixels normalised within each patch
+    z    = encoder([class token, patches[keep]])          the encoder never sees a hidden patch
+    y    = decoder([z at the kept positions, mask token elsewhere])
+    loss = mean of (y - pixels)^2 over the hidden patches, pixels normalised within each patch
 
-With --teacher, D-MAE (MAE-Lite): the raw scores q k^T of the last block imitate those of a larger MAE;
-with --decode-from too, D2-MAE: the upper blocks do nothing else, and the decoder reads the state below them.
-With --recipe cifar, the small-image variant of Tan, arXiv 2402.03752: visible patches count a little, too.
+With --teacher, D-MAE (MAE-Lite): the raw attention scores q k^T / sqrt(d) of the last block also learn to match those
+of a larger MAE; with --decode-from K as well, D2-MAE: the decoder reads the state after block K, and the blocks above
+learn from the teacher alone. With --recipe cifar, the small-image variant of Tan, arXiv 2402.03752: the loss on the
+visible patches is added with a small weight.
 
 Run    python mae.py                                          generated shapes, two minutes on a laptop
        python mae.py --data /imagenet                         one GPU, or the CPU
        torchrun --standalone --nproc_per_node=8 mae.py --data /imagenet    eight GPUs
        python mae.py --data /imagenet --teacher mae_pretrain_vit_base.pth
 Use    from mae import MaskedAutoencoder                      copy this file and vit.py
-Letters in shape comments: B images, C channels, p patch side, N patches, n kept patches, L = 1 + n tokens,
-       D encoder width, E decoder width, H heads
+Letters in shape comments: B images, C channels, h and w height and width in pixels, p patch side, N patches,
+       n kept patches, L = 1 + n tokens, D encoder width, E decoder width, H heads, d = D / H
 """
 from argparse import Namespace
 from collections.abc import Callable
@@ -40,9 +41,9 @@ from vit import (COUNT, IMAGENET_MEAN, IMAGENET_STD, MASKS, NOT_NEGATIVE, SHARE,
 
 
 class MaskedViT(nn.Module):
-    """A ViT that sees a random part of the patches, and a light decoder that works on all of them.
+    """A ViT that sees a random subset of the patches, and a light decoder that works on all of them.
 
-    decoder      width, blocks, heads; its MLPs, activation and positions are of the encoder's kind
+    decoder      width, blocks, heads; MLP ratio, activation and kind of positions are the encoder's
     mask_ratio   share of the patches that the encoder does not see
     """
 
@@ -81,14 +82,14 @@ class MaskedViT(nn.Module):
 
 
 def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """noise B N -> numbers of the `keep` patches with the lowest noise, B n, and `restore` B N: the place of every
-    patch in the order of noise. Patch i is hidden if restore[i] >= n."""
+    """noise B N -> indices of the `keep` patches with the lowest noise, B n, and `restore` B N: the rank of every patch
+    by its noise. Patch i is hidden if restore[i] >= n; tokens sorted by noise return to image order by this index."""
     order = noise.argsort(dim=1)
-    return order[:, :keep], order.argsort(dim=1)
+    return order[:, :keep], order.argsort(dim=1)  # the second argsort inverts the permutation: restore[order[k]] = k
 
 
 class MaskedAutoencoder(MaskedViT):
-    """MAE: a MaskedViT whose decoder paints pixels.
+    """MAE: a MaskedViT whose decoder predicts pixels.
 
     norm_pix        compare with pixels normalised within each patch
     visible_weight  weight of the mean error on visible patches (alpha of arXiv 2402.03752); 0: plain MAE
@@ -128,8 +129,8 @@ class MaskedAutoencoder(MaskedViT):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's idea of whole pictures B C h w, and which pixels were hidden (B 1 h w, 0 or 1). Predictions of
-        normalised pixels get the true mean and deviation of their patch back, or they would be grey."""
+        """Reconstructed images B C h w, and which pixels were hidden (B 1 h w, 0 or 1). Predictions of normalised
+        pixels get the true mean and standard deviation of their patch back, or they would be grey."""
         z, restore = self.encode(images, noise)
         prediction, patch_size, grid = self.predict(z, restore).float(), self.encoder.patch_size, self.encoder.grid
         if self.norm_pix:
@@ -158,9 +159,9 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DistilledMAE(MaskedAutoencoder):
-    """D-MAE: beside its own reconstruction, the student imitates the raw attention scores of a teacher that sees the
-    same patches in the same order; class token included. A bias-free map over the heads, trained along and thrown
-    away, translates the student's heads into the teacher's.
+    """D-MAE: in addition to reconstructing, the student matches the raw attention scores of a teacher that sees the
+    same patches in the same order, class token included. A bias-free linear layer across the heads (`adapters`, as
+    1 x 1 convolutions) maps the student's heads to the teacher's; it is trained jointly and then discarded.
 
     loss = reconstruction + weight * sum over `layers` of mean (adapter(S_student) - S_teacher)^2,   S = q k^T / sqrt(d)
     layers   numbers of the compared blocks, counted from 1
@@ -187,15 +188,15 @@ class DistilledMAE(MaskedAutoencoder):
     def observe(self, images: Tensor, keep: Tensor) -> tuple[list[Tensor], Tensor]:
         """Raw scores B H L L, one for each that the teacher gives, and what the decoder reads, B L D."""
         scores, x = attention_scores(self.encoder, images, keep, self.layers)
-        for block in self.encoder.blocks[max(self.layers) - 1:]:
+        for block in self.encoder.blocks[max(self.layers) - 1:]:  # x has not passed the last compared block yet
             x = block(x)
         return scores, self.encoder.norm(x)
 
 
 class DecoupledMAE(DistilledMAE):
     """D2-MAE (MAE-Lite's mae_lite_distill_d2_exp.py): the decoder reads the state after block `decode_from`, so that
-    the blocks above it learn from the teacher alone. They end in one block more, of which only the queries and keys
-    exist; these are compared with the teacher's last, and the block is thrown away like the decoder."""
+    the blocks above it learn from the teacher alone. One extra block follows, of which only the queries and
+    keys exist; they are compared with the teacher's last, and the block is discarded like the decoder."""
 
     def __init__(self, *arguments, decode_from: int, **options):
         super().__init__(*arguments, **options)
@@ -391,6 +392,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def teacher_scores(model: DistilledMAE, teacher: ViT, pixels: Tensor, noise: Tensor) -> list[Tensor]:
+    """The teacher's scores on the very patches that the student keeps: same noise, same mask."""
     keep, _ = random_masking(noise, model.kept)
     return attention_scores(teacher, pixels, keep, model.layers)[0]
 

@@ -1,20 +1,21 @@
-"""MoCo v3: two views of a picture should give the same features, views of different pictures different ones.
+"""MoCo v3: two views of an image should get the same features, views of different images different ones.
 
 Chen, Xie, He, arXiv 2104.02057; for ViT-Tiny with the recipe of MAE-Lite, Wang et al., arXiv 2205.14443.
 
-    q1, q2 = predictor(projector(ViT(view1))), the same of view2       with gradient
-    slow   = m slow + (1 - m) fast                                     weights of ViT and projector
-    k1, k2 = slow projector(slow ViT(view1)), the same of view2        without gradient
+    q1, q2 = predictor(projector(ViT(view1))), likewise for view2      with gradient
+    slow   = m slow + (1 - m) fast                                     momentum encoder: weights of ViT and projector
+    k1, k2 = slow projector(slow ViT(view1)), likewise for view2       without gradient
     loss   = ctr(q1, k2) + ctr(q2, k1)
-    ctr(q, k) = 2 tau mean_i -log( exp(q_i k_i / tau) / sum_j exp(q_i k_j / tau) )       q, k of length one
+    ctr(q, k) = 2 tau mean_i -log( exp(q_i k_i / tau) / sum_j exp(q_i k_j / tau) )       q, k L2-normalised
 
-The keys k_j are those of the whole batch, on all processes. A network that knows nothing has the loss 4 tau ln(batch).
+The keys k_j are those of the whole batch, on all processes. A uniform guess has the loss 4 tau ln(batch size).
 
 Run    python moco_v3.py                                          generated shapes, two minutes on a laptop
        python moco_v3.py --data /imagenet                         one GPU
        torchrun --standalone --nproc_per_node=8 moco_v3.py --data /imagenet    eight GPUs
 Use    from moco_v3 import MoCo, start_weights, recolour          copy this file and vit.py
-Letters in shape comments: B images of this process, M images of all processes, D encoder width, E projected width
+Letters in shape comments: B images of this process, M images of all processes, C channels, h and w height and width
+       in pixels, D encoder width, E projected width
 """
 import copy
 import math
@@ -40,9 +41,9 @@ from vit import (COUNT, IMAGENET_MEAN, IMAGENET_STD, SHARE, Batches, InputError,
 
 
 class MoCo(nn.Module):
-    """A ViT with a projector as its head, a slow copy of both, and a predictor on the fast side only.
+    """A ViT with a projector as its head, a momentum (slow) copy of both, and a predictor on the query side only.
 
-    hidden, width   of the heads: D -> hidden -> hidden -> width, and width -> hidden -> width
+    hidden, width   of projector and predictor: D -> hidden -> hidden -> width, and width -> hidden -> width
     temperature     tau of the loss
     freeze_patch    leave the patch projection as it was drawn, as the official recipes do and MAE-Lite's does not
 
@@ -54,14 +55,14 @@ class MoCo(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.base_encoder = encoder
-        encoder.head = mlp(encoder.width, hidden, hidden, width)
+        encoder.head = mlp(encoder.width, hidden, hidden, width)  # the projector; `forward` applies it view by view
         encoder.patch_embed.requires_grad_(not freeze_patch)
         self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.predictor = mlp(width, hidden, width)
 
     def forward(self, view1: Tensor, view2: Tensor, momentum: Tensor) -> dict[str, Tensor]:
-        """view1, view2 B C h w, normalised; momentum m of this step, a tensor of one number -> the loss, and to look
-        at: how many % of the queries are nearest to their own key (`top1`), the spread of the features."""
+        """view1, view2 B C h w, normalised; momentum m of this step, a tensor of one number -> the loss, and two
+        diagnostics: % of the queries that are nearest to their own key (`top1`), spread of the features."""
         z1, z2 = features(self.base_encoder, view1, view2)                              # B D each
         q1, q2 = (self.predictor(self.base_encoder.head(z)) for z in (z1, z2))          # B E each
         with torch.no_grad():
@@ -72,20 +73,21 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def follow(self, momentum: Tensor) -> None:
-        """slow = m slow + (1 - m) fast. Weights only: the slow BatchNorms keep running statistics of their own."""
+        """EMA update of the momentum encoder: slow = m slow + (1 - m) fast. Weights only: its BatchNorms keep running
+        statistics of their own."""
         for slow, fast in zip(self.momentum_encoder.parameters(), self.base_encoder.parameters(), strict=True):
             slow.lerp_(fast, (1 - momentum).to(slow.dtype))
 
 
 def features(vit: ViT, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
-    """Class tokens of both views, B D each. The ViT may take them in one batch; the heads must not, for their
-    BatchNorm would let the views see each other."""
+    """Class tokens of both views, B D each. The ViT may take them in one batch; the heads must not, as their
+    BatchNorm would mix the statistics of the two views."""
     return vit.features(torch.cat([view1, view2])).chunk(2)
 
 
 def info_nce(q: Tensor, k: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Queries and keys B E -> ctr(q, k) of this process's queries among the keys of all, and how many % are nearest
-    to their own key. The factor 2 tau takes the 1 / tau of the logits out of the gradient again."""
+    """Queries and keys B E -> ctr(q, k) of this process's queries among the keys of all, and % of them nearest
+    to their own key. The factor tau in 2 tau cancels the 1 / tau that the logits bring into the gradient."""
     with torch.autocast(q.device.type, enabled=False):
         q, k = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in (q, k))
         logits = q @ gather(k).T / temperature                                          # B M
@@ -104,13 +106,13 @@ def gather(x: Tensor) -> Tensor:
 
 
 def spread(z: Tensor) -> Tensor:
-    """Deviation over the batch of features of length one, times the root of their number: 0 where all pictures look the
-    same to the network (collapse), 1 where they point in all directions alike."""
+    """Standard deviation over the batch of the L2-normalised features, times sqrt(D): 0 where all images get the same
+    feature (collapse), 1 where the features point equally in all directions."""
     return F.normalize(z.float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
 
 
 def mlp(*widths: int) -> nn.Sequential:
-    """Linear maps without bias, each followed by BatchNorm, and by ReLU but for the last, whose norm has no weights."""
+    """Bias-free linear layers, each followed by BatchNorm and ReLU; the last without ReLU, its BatchNorm not affine."""
     layers = []
     for number, (before, after) in enumerate(pairwise(widths), start=2):
         last = number == len(widths)
@@ -137,17 +139,17 @@ def momentum_at(epoch: float, start: float, epochs: float) -> float:
     return 1 - (1 - start) / 2 * (1 + math.cos(math.pi * epoch / epochs))
 
 
-# ---- what happens to the colours of a view: on the device, for a whole batch, each picture with numbers of its own
+# ---- colour augmentation: on the device, for a whole batch, with separate random numbers for each image
 
-COLOURS = 10  # a stream of chance beside those of vit.py
-NUMBERS = 13  # of it for a view: jitter, 4 strengths, 4 for their order, grey, blur, its deviation, solarize
+COLOURS = 10  # a random stream in addition to those of vit.py
+NUMBERS = 13  # random numbers per view: jitter, 4 strengths, 4 for their order, grey, blur, its sigma, solarize
 STRENGTH = np.array([0.4, 0.4, 0.2, 0.1], np.float32)  # of brightness, contrast, saturation, hue
 # Official values (main_moco.py): the two views differ in the probabilities of blur and solarization.
 BLUR, SOLARIZE = (1.0, 0.1), (0.0, 0.2)
 
 
 class Colours(NamedTuple):
-    """What to do with B pictures, in this order. On the host, which thus knows the rows without asking the device."""
+    """What to do with B images, in this order. Kept on the host, to find the rows without waiting for the device."""
     order: np.ndarray     # B 4: adjustments (0 brightness, 1 contrast, 2 saturation, 3 hue) in their order; -1: none
     factor: np.ndarray    # B 4: factors of the first three, shift of the hue in turns
     grey: np.ndarray      # B: true or false
@@ -178,7 +180,7 @@ def recolour(images: Tensor, colours: Colours) -> Tensor:
             values = [sent(v[rows].astype(np.float32)).view(-1, 1, 1, 1) for v in values]
             images.index_copy_(0, index, how(images.index_select(0, index), *values))
 
-    for place in range(4):  # the orders differ: at each place, every adjustment takes those pictures whose turn it is
+    for place in range(4):  # every image has its own order: at each place, every adjustment takes its images
         for number, how in enumerate((brightness, contrast, saturation, hue)):
             change(colours.order[:, place] == number, how, colours.factor[:, number])
     change(colours.grey, lambda x: luma(x).expand_as(x))
@@ -256,7 +258,7 @@ RECIPES = {
 }
 OPTIONS = {
     "method": {
-        "temperature": (float, (1e-6, 1e6), "tau: how much the loss looks at the keys that are nearest"),
+        "temperature": (float, (1e-6, 1e6), "tau: the smaller, the more the nearest keys dominate the loss"),
         "momentum": (float, SHARE, "m at the start, for the slow weights; it rises to 1 along half a cosine"),
         "hidden": (int, COUNT, "hidden width of projector and predictor"),
         "projection": (int, COUNT, "width of queries and keys"),

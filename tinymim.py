@@ -2,14 +2,14 @@
 
 Ren et al., arXiv 2301.01296 (CVPR 2023); the default is the recipe that the authors released.
 
-    teacher  frozen, sees the plain picture; is read in its target block: 18 of 24, 12 of 12, counted from 1
-    student  sees the same crop, its colours jittered; is read in its last block, which has the teacher's heads
+    teacher  frozen, sees the plain crop; q, k, v are those of its block 18 of 24 or 12 of 12, counted from 1
+    student  sees the same crop with colour jitter; q, k, v are those of its last block, which has as many heads
     R_qk = softmax(q k^T / sqrt(d)),  R_vv = softmax(v v^T / sqrt(d))     in these blocks, for every head
     loss = KL(teacher's R_qk || student's) + KL(teacher's R_vv || student's)
            mean over pictures, heads and query tokens
 
-No mask, no decoder, no projection. A distilled student can be the next teacher, L -> B -> S -> T: its file knows
-the heads of its last block. The paper's other targets and inputs are options (--target, --mask-ratio, ...).
+No mask, no decoder, no projection. A distilled student can be the next teacher, L -> B -> S -> T: its file records
+the number of heads of its last block. The paper's other targets and inputs are options (--target, --mask-ratio, ...).
 ImageNet-1K, fine-tuned, table 8: T 75.8, S 83.0, B 85.0 % (MAE: 71.6, 80.6, 83.6).
 
 Run    python mae.py --width 128 --heads 8 --out runs/teacher        a teacher for the generated shapes, then
@@ -43,9 +43,9 @@ class TinyMIM(nn.Module):
     encoder   its last block has as many heads as the teacher's block (`last_heads` of ViT), for heads are compared
               one by one; no parameter depends on it
 
-    What comes after the queries, keys and values of the last block takes no part. It stays as it was initialised,
-    also in the files: fine-tuning starts from that (as in the released code), and when the student becomes a teacher
-    it has nothing beyond relations to give.
+    What comes after the queries, keys and values of the last block is not trained. It keeps its initial values, in the
+    files too: fine-tuning starts from them (as in the released code), and a student that becomes a teacher can give
+    nothing beyond relations.
     """
 
     def __init__(self, encoder: ViT):
@@ -61,8 +61,8 @@ class TinyMIM(nn.Module):
         return dict(loss=qk + vv, qk=qk, vv=vv)
 
     def observe(self, vit: ViT, images: Tensor, number: int) -> list[Tensor]:
-        """q k^T and v v^T, / sqrt(d), in block `number` of a student or teacher, each B H L L, the class token
-        included. Nothing beyond the queries, keys and values of that block is computed."""
+        """Scores before the softmax, q k^T / sqrt(d) and v v^T / sqrt(d), of block `number` of a student or teacher, each
+        B H L L, class token included. Nothing beyond the queries, keys and values of that block is computed."""
         q, k, v = vit.blocks[number - 1].qkv(tokens_into(vit, images, number))          # B H L d
         return [relation(q, k), relation(v, v)]
 
@@ -76,8 +76,8 @@ def tokens_into(vit: ViT, images: Tensor, number: int, keep: Tensor | None = Non
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of the softmax over the last dimension, mean over all others (eq. 5, 9). By log-softmax:
-    the logarithm of a softmax is infinite where scores lie far apart."""
+    """KL(teacher || student) of the softmax over the last dimension, mean over all others (eq. 5, 9). Computed
+    with log_softmax, as log(softmax) is infinite where scores are far apart."""
     if student.shape != teacher.shape:
         raise InputError(f"the student gives {tuple(student.shape)}, the teacher {tuple(teacher.shape)} (images, "
                          "heads, tokens, tokens): the student's last block needs the teacher's number of heads")
@@ -106,7 +106,7 @@ def student_view(images: Tensor, numbers: Tensor, strength: float) -> Tensor:
     for operation in numbers[:, 3:].argsort(1).T:                                       # B, each 0, 1 or 2
         grey = (images * weights).sum(1, keepdim=True)                                  # B 1 h w
         mean = grey.mean((2, 3), keepdim=True).expand_as(grey)
-        # Each operation blends with another picture: with black, with the mean grey, with the own grey.
+        # Each operation blends the image with another: black, its mean grey, or its greyscale version.
         other = torch.stack([torch.zeros_like(grey), mean, grey])[operation, row]       # B 1 h w
         factor = factors[row, operation].view(-1, 1, 1, 1)
         images = (other + factor * (images - other)).clamp(0, 1)
@@ -128,19 +128,19 @@ RELATIONS = ("qk", "vv", "qq", "kk")
 
 
 class TinyMIMStudy(TinyMIM):
-    """Section 3.1 of the paper: any sum of targets, masked input, masked image modelling beside.
+    """Section 3.1 of the paper: any sum of targets, masked input, additional masked image modelling.
 
     relations   `divergence`, or without softmax `smooth_l1` of the scores
-    features    `smooth_l1` of the student's, mapped linearly, and the teacher's, whitened by a LayerNorm without scale
-                and shift (eq. 7)
-    class       `divergence` over the channels of the class token, the student's mapped linearly (eq. 6)
+    features    `smooth_l1` of the student's, after a linear layer, and the teacher's, whitened by a LayerNorm without
+                scale and shift (eq. 7)
+    class       `divergence` over the channels of the class token, the student's after a linear layer (eq. 6)
     mask_ratio  share of the patches that neither network sees
     mim_weight  weight of a reconstruction of these from the student's visible tokens, as in MAE
 
     Ours, as the paper does not say: the error without softmax; how a class token becomes a distribution; that all
     tokens count in features; that several targets are added; that student and teacher miss the same patches; the
     weight of the reconstruction and that it paints the jittered picture; that `output` is taken after the final norm.
-    Linear maps and decoder are thrown away.
+    Linear layers and decoder are discarded.
     """
 
     def __init__(self, encoder: ViT, teacher_width: int, targets: list[str], softmax: bool = True,
@@ -156,7 +156,7 @@ class TinyMIMStudy(TinyMIM):
                                        for name in targets if name not in RELATIONS}).apply(init_linear)
         self.decoder = PixelDecoder(encoder, *decoder) if mim_weight else None
         reach = 3 if mim_weight else max(TARGETS[name] for name in targets)
-        for module in beyond_relations(encoder)[:reach]:
+        for module in beyond_relations(encoder)[:reach]:  # its stages are those that TARGETS counts
             module.requires_grad_(True)
 
     def forward(self, images: Tensor, goal: list[Tensor], noise: Tensor | None = None) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ class TinyMIMStudy(TinyMIM):
 
 
 def smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
-    """Eq. 8: the square / 4 of a difference up to 2, beyond that its size - 1; mean over everything."""
+    """Eq. 8: d^2 / 4 for |d| < 2, |d| - 1 beyond, of the difference d; mean over everything."""
     return F.smooth_l1_loss(full_precision(student), full_precision(teacher), beta=2.0)
 
 
@@ -240,10 +240,10 @@ class PixelDecoder(nn.Module):
 
 
 def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """noise B N -> numbers of the `keep` patches with the lowest noise, B n, and `restore` B N: the place of every
-    patch in the order of noise. Patch i is hidden if restore[i] >= n."""
+    """noise B N -> indices of the `keep` patches with the lowest noise, B n, and `restore` B N: the rank of every patch
+    by its noise. Patch i is hidden if restore[i] >= n; tokens sorted by noise return to image order by this index."""
     order = noise.argsort(dim=1)
-    return order[:, :keep], order.argsort(dim=1)
+    return order[:, :keep], order.argsort(dim=1)  # the second argsort inverts the permutation: restore[order[k]] = k
 
 
 # -------------------------------------------------------------------- the recipe
@@ -298,7 +298,7 @@ OPTIONS = {
         "target": (str, None, f"what is compared, joined by +: {', '.join(TARGETS)}"),
         "softmax": (bool, None, "compare relations by the divergence of their softmax, else the scores"),
         "mask_ratio": (float, SHARE, "share of the patches that neither student nor teacher sees"),
-        "mim_weight": (float, NOT_NEGATIVE, "weight of a masked autoencoder's loss beside; needs --mask-ratio"),
+        "mim_weight": (float, NOT_NEGATIVE, "weight of an additional MAE loss; needs --mask-ratio"),
         "teacher_drop_path": (float, SHARE, "rate of stochastic depth in the teacher's blocks before the imitated one"),
     },
 }
