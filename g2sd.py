@@ -163,8 +163,9 @@ class SpecificStudent(ViT):
 
 def specific_loss(by_class: Tensor, by_token: Tensor | None, labels: Tensor, teacher: Tensor,
                   smoothing: float = 0.0) -> dict[str, Tensor]:
-    """Logits of the student's two heads and of the teacher, B K each; labels B, or B K after mixing. The labels teach the class token; the class that the
-    teacher predicts for the same pixels teaches the distillation token. Where by_token is None, the loss is NKD."""
+    """Logits of the student's two heads and of the teacher, B K each; labels B, or B K after mixing.
+    The labels teach the class token; the class that the teacher predicts for the same pixels teaches the distillation
+    token. Where by_token is None, the loss is NKD."""
     at_least_float = torch.promote_types(by_class.dtype, torch.float32)
     if by_token is None:
         return dict(loss=nkd_loss(by_class.to(at_least_float), teacher.to(at_least_float), labels))

@@ -61,8 +61,8 @@ class TinyMIM(nn.Module):
         return dict(loss=qk + vv, qk=qk, vv=vv)
 
     def observe(self, vit: ViT, images: Tensor, number: int) -> list[Tensor]:
-        """Scores before the softmax, q k^T / sqrt(d) and v v^T / sqrt(d), of block `number` of a student or teacher, each
-        B H L L, class token included. Nothing beyond the queries, keys and values of that block is computed."""
+        """Scores before the softmax, q k^T / sqrt(d) and v v^T / sqrt(d), of block `number` of a student or
+        teacher, each B H L L, class token included. Nothing beyond the queries, keys and values of that block is computed."""
         q, k, v = vit.blocks[number - 1].qkv(tokens_into(vit, images, number))          # B H L d
         return [relation(q, k), relation(v, v)]
 
