@@ -62,7 +62,8 @@ class TinyMIM(nn.Module):
 
     def observe(self, vit: ViT, images: Tensor, number: int) -> list[Tensor]:
         """Scores before the softmax, q k^T / sqrt(d) and v v^T / sqrt(d), of block `number` of a student or
-        teacher, each B H L L, class token included. Nothing beyond the queries, keys and values of that block is computed."""
+        teacher, each B H L L, class token included. Nothing beyond that block's queries, keys and values is
+        computed."""
         q, k, v = vit.blocks[number - 1].qkv(tokens_into(vit, images, number))          # B H L d
         return [relation(q, k), relation(v, v)]
 
