@@ -447,8 +447,9 @@ def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], opt
         group = parser.add_argument_group(title)
         for name, (kind, allowed, meaning) in {**COMMON_OPTIONS.get(title, {}), **options.get(title, {})}.items():
             by_value: dict[str, list[str]] = {}
-            for recipe in (recipe for recipe in recipes if recipes[recipe].get(name) is not None):
-                by_value.setdefault(str(recipes[recipe][name]), []).append(recipe)
+            for recipe, values in recipes.items():
+                if values.get(name) is not None:
+                    by_value.setdefault(str(values[name]), []).append(recipe)
             shown = "; ".join(f"{value}: {', '.join(names)}" for value, names in by_value.items())
             how = dict(type=kind, metavar=kind.__name__)
             if kind is bool:
@@ -555,8 +556,9 @@ def start_processes(args: Namespace) -> World:
     if args.device == "cuda" and local_rank >= torch.cuda.device_count():
         raise InputError(f"--device cuda: process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; "
                          "start no more processes than there are, or choose --device cpu")
-    device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device(args.device)
+    device = torch.device("cpu")
     if args.device == "cuda":
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
         torch.backends.cudnn.benchmark = True
@@ -618,10 +620,9 @@ def say(text: str) -> None:
 
 def launch(main: Callable[[], None]) -> None:
     """Runs a script. What its user can mend is one line on stderr and exit status 2, instead of a traceback."""
-    code = 1
+    code = 0
     try:
         main()
-        code = 0
     except InputError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # what all processes meet is told by the first; torchrun ends the others meanwhile
@@ -631,14 +632,11 @@ def launch(main: Callable[[], None]) -> None:
         code = 130
     except BrokenPipeError:  # the result went to a program that has ended, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except SystemExit as end:
         code = end.code
-        if isinstance(code, str):
-            say(code)
-            code = 1
     except Exception:
         traceback.print_exc()
+        code = 1
     if dist.is_initialized():
         if code:  # the others may be inside a collective: leave without them, torchrun ends them
             sys.stdout.flush()
@@ -729,8 +727,7 @@ class View:
         if self.scale is not None:
             return crop_boxes(numbers, height, width, self.scale)
         aspect = self.size[0] / self.size[1]
-        h, w = (height, height / aspect) if height / aspect <= width else (width * aspect, width)
-        h, w = h * self.centre, w * self.centre
+        h, w = self.centre * min(height, width * aspect), self.centre * min(width, height / aspect)
         return np.tile([(height - h) / 2, (width - w) / 2, h, w], (len(numbers), 1))
 
     def flips(self, numbers: np.ndarray) -> np.ndarray:
@@ -1320,9 +1317,11 @@ class Log:
         *values, flag = (values / self.world.size).tolist()
         if not all(map(math.isfinite, values)):
             self.bar.close()
-            told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
-            sys.exit(f"step {step}: {told} at learning rate {lr:.3g}; what is saved is from before. A lower --blr or "
-                     "--precision fp32 may help" if self.world.main else 1)
+            if self.world.main:
+                told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+                say(f"step {step}: {told} at learning rate {lr:.3g}; what is saved is from before. A lower --blr or "
+                    "--precision fp32 may help")
+            sys.exit(1)
         self.leave = flag > 0
         for name, value in zip(names, values, strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + value
