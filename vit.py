@@ -391,9 +391,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from glob import glob
 from itertools import zip_longest
 from pathlib import Path
 from statistics import NormalDist
@@ -401,7 +402,7 @@ from statistics import NormalDist
 import numpy as np
 import torch.distributed as dist
 from PIL import Image, ImageEnhance, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -765,8 +766,8 @@ class Images:
         part.items, part.labels = self.items[index], None if self.labels is None else self.labels[index]
         return part
 
-    def cut(self, i: int, box_of: Callable[[int, int], np.ndarray], size: tuple[int, int]) -> Tensor:
-        """The part of picture i that box_of(height, width) chooses, uint8 C h w; it will be resized to `size`."""
+    def cut(self, i: int, view: View, numbers: np.ndarray) -> Tensor:
+        """The part of picture i that `view` chooses by numbers 1 NUMBERS, uint8 C h w, not resized yet."""
         raise NotImplementedError
 
 
@@ -777,8 +778,8 @@ class Packed(Images):
     def side(self) -> int:
         return max(self.items.shape[2:])
 
-    def cut(self, i, box_of, size):
-        top, left, h, w = box_of(*self.items.shape[2:]).round().astype(int)
+    def cut(self, i, view, numbers):
+        (top, left, h, w), = view.boxes(numbers, *self.items.shape[2:]).round().astype(int)
         return self.items[i, :, top:top + h, left:left + w]
 
     def look(self, index: np.ndarray, numbers: np.ndarray, view: View) -> Tensor:
@@ -822,14 +823,14 @@ class Files(Images):
         """Picture i, not yet decoded."""
         return Image.open(self.path(i))
 
-    def cut(self, i, box_of, size):
+    def cut(self, i, view, numbers):
         """Raises InputError, with its path, if the picture cannot be read."""
         try:
             with self.open(i) as image:
                 width, height = image.size
-                top, left, h, w = box_of(height, width)
+                (top, left, h, w), = view.boxes(numbers, height, width)
                 # A large JPEG is decoded at 1/2, 1/4 or 1/8 where its crop keeps at least twice the size wanted.
-                image.draft("RGB", (math.ceil(2 * width * size[1] / w), math.ceil(2 * height * size[0] / h)))
+                image.draft("RGB", (math.ceil(2 * width * view.size[1] / w), math.ceil(2 * height * view.size[0] / h)))
                 x, y = image.size[0] / width, image.size[1] / height
                 box = [round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)]
                 box[2:] = max(box[2], box[0] + 1), max(box[3], box[1] + 1)
@@ -886,37 +887,31 @@ def open_folder(data: str, split: str, labels: bool) -> Files:
         if labels or split != "train":
             raise InputError(f"--data {data}: no folder {folder}; expected {split}/<class>/<image>")
         folder = data
-    if not labels:
-        names = list(find_images(os.fsencode(folder)))
-        ids = classes = None
-    else:
-        train = os.path.join(data, "train")
-        classes = class_folders(train) if os.path.isdir(train) else []
+    names, ids, classes = list(find_images(os.fsencode(folder))), None, None
+    if labels:
+        classes = class_folders(os.path.join(data, "train"))
         if not classes:
-            raise InputError(f"--data {data}: no class folders in {train}; expected train/<class>/<image>")
+            raise InputError(f"--data {data}: no class folders in {data}/train; expected train/<class>/<image>")
         extra = sorted(set(class_folders(folder)) - set(classes))
         if extra:
             raise InputError(f"--data {data}: classes {', '.join(extra[:5])} are in {split}/ but not in train/")
-        names, ids = [], []
-        for number, name in enumerate(classes):
-            found = list(find_images(os.fsencode(os.path.join(folder, name)), os.fsencode(name)))
-            if not found:
-                say(f"warning: class {name} has no images in {folder}")
-            names += found
-            ids += [number] * len(found)
+        number = {os.fsencode(name): i for i, name in enumerate(classes)}
+        names = [name for name in names if os.path.dirname(name)]
+        ids = np.array([number[name.split(os.fsencode(os.sep))[0]] for name in names], np.int64)
+        for empty in np.setdiff1d(np.arange(len(classes)), ids):
+            say(f"warning: class {classes[empty]} has no images in {folder}")
     if not names:
         raise InputError(f"--data {data}: no images in {folder} (looked for {' '.join(SUFFIXES)})")
-    return Files(folder, np.array(names), None if ids is None else np.array(ids), classes)
+    return Files(folder, np.array(names), ids, classes)
 
 
 def class_folders(folder: str) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    """Names of the folders in a folder, sorted; none if it is not there."""
+    return sorted(name.rstrip(os.sep) for name in glob("*/", root_dir=folder))
 
 
-def find_images(folder: bytes, inside: bytes = b"") -> Iterator[bytes]:
-    """Names of the pictures below a folder, each with `inside` before it, in sorted order."""
-    if not os.path.isdir(folder):
-        return
+def find_images(folder: bytes) -> Iterator[bytes]:
+    """Names of the pictures below a folder, in sorted order."""
     suffixes = tuple(suffix.encode() for suffix in SUFFIXES)
     try:
         with os.scandir(folder) as entries:
@@ -925,30 +920,28 @@ def find_images(folder: bytes, inside: bytes = b"") -> Iterator[bytes]:
         raise InputError(f"{os.fsdecode(folder)} cannot be listed ({error.strerror})") from None
     for name, is_folder in found:
         if is_folder:
-            yield from find_images(os.path.join(folder, name), os.path.join(inside, name))
+            yield from (os.path.join(name, below) for below in find_images(os.path.join(folder, name)))
         elif name.lower().endswith(suffixes):
-            yield os.path.join(inside, name)
+            yield name
 
 
 def pack_if_small(files: Files, strict: bool, most_bytes: int = 2**31) -> Images:
     """Decodes a folder of small pictures into one array: their files would cost more than the training."""
-    def size_of(i: int) -> tuple[int, int] | None:
-        try:
-            with files.open(i) as image:
-                return image.size
-        except UNREADABLE:
-            return None
-    sizes = {size_of(i) for i in np.linspace(0, len(files) - 1, min(len(files), 64)).astype(int)} - {None}
+    sizes = set()
+    for i in np.linspace(0, len(files) - 1, min(len(files), 64)).astype(int):
+        with suppress(*UNREADABLE), files.open(i) as image:
+            sizes.add(image.size)
     width, height = next(iter(sizes), (65, 65))
     if len(sizes) != 1 or max(width, height) > 64 or len(files) * 3 * width * height > most_bytes:
         return files
-    pixels, good, side = torch.empty(len(files), 3, height, width, dtype=torch.uint8), [], (height, width)
+    pixels, good = torch.empty(len(files), 3, height, width, dtype=torch.uint8), []
+    whole, numbers = View((height, width)), np.zeros((1, View.NUMBERS), np.float32)
     for i in tqdm(range(len(files)), desc="decoding small pictures", disable=not sys.stderr.isatty(), leave=False):
         try:
-            picture = files.cut(i, lambda h, w: np.array([0, 0, h, w]), side)
-            if picture.shape[1:] != side:
-                say(f"warning: {files.path(i)} is brought from {tuple(picture.shape[1:])} to {side} like the rest")
-            pixels[len(good)] = resize(picture, side)
+            picture = files.cut(i, whole, numbers)
+            if picture.shape[1:] != whole.size:
+                say(f"warning: {files.path(i)} is brought to {height} x {width} pixels like the rest")
+            pixels[len(good)] = resize(picture, whole.size)
             good.append(i)
         except InputError as error:
             if strict:
@@ -961,14 +954,12 @@ def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
     """A data set of torchvision, in its official splits."""
     kind, *splits = TORCHVISION[args.data]
     chosen = splits[2] if split == "val" else splits[1] if labels else splits[0]
+    if args.download and dist.is_initialized():
+        raise InputError("--download is for a single process: run the command once without torchrun, and with "
+                         "--epochs 0")
+    download = dict(download=True) if args.download else {}
     try:
-        if args.download:
-            if dist.is_initialized():
-                raise InputError("--download is for a single process: run the command once without torchrun, and with "
-                                 "--epochs 0")
-            for options in chosen:
-                getattr(datasets, kind)(args.data_root, download=True, **options)
-        parts = [getattr(datasets, kind)(args.data_root, **options) for options in chosen]
+        parts = [getattr(datasets, kind)(args.data_root, **options, **download) for options in chosen]
     except (RuntimeError, OSError) as error:
         raise InputError(f"--data {args.data}: not in --data-root {args.data_root} ({error}); "
                          "--download fetches it") from None
@@ -977,12 +968,11 @@ def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
         pixels = np.concatenate([part.data for part in parts])
         pixels = pixels if pixels.shape[1] == 3 else pixels.transpose(0, 3, 1, 2)
         known = np.concatenate([part.targets if hasattr(part, "targets") else part.labels for part in parts])
-        images = Packed(torch.from_numpy(np.ascontiguousarray(pixels)), known.astype(np.int64), classes)
-    else:  # labels are known without decoding, but not under a public name
-        known = np.concatenate([part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
-                                for part in parts])
-        images = Named(torch.utils.data.ConcatDataset(parts), np.arange(len(known)), known.astype(np.int64), classes)
-    return images
+        return Packed(torch.from_numpy(np.ascontiguousarray(pixels)), known.astype(np.int64), classes)
+    # Labels are known without decoding, but not under a public name.
+    known = np.concatenate([part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
+                            for part in parts])
+    return Named(ConcatDataset(parts), np.arange(len(known)), known.astype(np.int64), classes)
 
 
 def shapes(count: int, seed: int, side: int = 32) -> Packed:
@@ -1024,34 +1014,29 @@ def shapes(count: int, seed: int, side: int = 32) -> Packed:
 # ---- from pictures to batches
 
 class Decoder(Dataset):
-    """What worker processes do: a request (numbers of pictures, numbers of chance) -> their views as bytes.
+    """What worker processes do: a request (numbers of pictures B, numbers of chance B NUMBERS) -> their views as bytes
+    B C h w, the pictures that are in them, complaints. A picture that cannot be read is replaced by the next one."""
 
-    A picture that cannot be read is replaced by the next one, and told of; `strict` (evaluation) gives up instead.
-    """
-
-    def __init__(self, images: Images, view: View, strict: bool):
-        self.images, self.view, self.strict = images, view, strict
+    def __init__(self, images: Images, view: View):
+        self.images, self.view = images, view
 
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, np.ndarray, list[str]]:
         index, numbers = request[0].copy(), request[1]
-        complaints, views = [], []
-        for row in range(len(index)):
-            view, told = None, []
-            while view is None:
+        views, complaints = [], []
+        for row, wanted in enumerate(index):
+            for i in (wanted + np.arange(50)) % len(self.images):
                 try:
-                    view = self.look(int(index[row]), numbers[row:row + 1])
-                except InputError as error:
-                    told.append(str(error))
-                    if self.strict or len(told) == 50:  # an exception would lose its one clear line between processes
-                        return torch.empty(0), index, [told[0] if self.strict else f"50 pictures in a row; {told[0]}"]
-                    index[row] = (index[row] + 1) % len(self.images)
-            complaints += told
-            views.append(view)
+                    views.append(self.look(i, numbers[row:row + 1]))
+                    index[row] = i
+                    break
+                except InputError as error:  # told by the training process: from here it would be a traceback
+                    complaints.append(str(error))
+            else:
+                return torch.empty(0), index, [f"50 pictures in a row; {complaints[-1]}"]
         return torch.stack(views), index, complaints
 
     def look(self, i: int, numbers: np.ndarray) -> Tensor:
-        picture = self.images.cut(i, lambda h, w: self.view.boxes(numbers, h, w)[0], self.view.size)
-        picture = resize(picture, self.view.size)
+        picture = resize(self.images.cut(i, self.view, numbers), self.view.size)
         if self.view.flips(numbers)[0]:
             picture = picture.flip(2)
         if self.view.randaugment:
@@ -1064,28 +1049,26 @@ class Decoder(Dataset):
 def views_of(images: Images, view: View, requests: Iterator, args: Namespace, world: World,
              strict: bool = False) -> Iterator[tuple[Tensor, np.ndarray]]:
     """For every request (float B C h w in 0..1 on the device, numbers of the pictures). Pictures in one array are cut
-    on the device; files, and whatever needs RandAugment, come as bytes from worker processes."""
+    on the device; files, and whatever needs RandAugment, come as bytes from worker processes. Raises InputError if
+    pictures cannot be read: with `strict` (evaluation) any, else more than 1 %, but at least 50."""
     if isinstance(images, Packed):
         images.items = images.items.to("cpu" if view.randaugment else world.device)
         if not view.randaugment:
             yield from ((images.look(index, numbers, view), index) for index, numbers in requests)
             return
-    loader = DataLoader(Decoder(images, view, strict), sampler=requests, batch_size=None, num_workers=args.workers,
+    loader = DataLoader(Decoder(images, view), sampler=requests, batch_size=None, num_workers=args.workers,
                         pin_memory=world.device.type == "cuda", worker_init_fn=leave_signals_alone)
     bad, seen = set(), 0
-    for pixels, index, complaints in survived(loader):
-        for complaint in set(complaints) - bad:
-            say(f"warning: {complaint}")
-        bad, seen = bad | set(complaints), seen + len(index)
-        if not len(pixels) or len(bad) > max(50, 0.01 * seen):
-            raise InputError(complaints[0] if not len(pixels) else f"{len(bad)} of {seen} pictures cannot be read")
-        yield pixels.to(world.device, non_blocking=True).float().div_(255), np.asarray(index)
-
-
-def survived(loader: DataLoader) -> Iterator:
-    """What the loader gives; a worker process that the system ended is an InputError that says what to try."""
     try:
-        yield from loader
+        for pixels, index, complaints in loader:
+            if complaints and (strict or not len(pixels)):
+                raise InputError(complaints[0])
+            for complaint in set(complaints) - bad:
+                say(f"warning: {complaint}")
+            bad, seen = bad | set(complaints), seen + len(index)
+            if len(bad) > max(50, 0.01 * seen):
+                raise InputError(f"{len(bad)} of {seen} pictures cannot be read")
+            yield pixels.to(world.device, non_blocking=True).float().div_(255), np.asarray(index)
     except (RuntimeError, ConnectionError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
@@ -1125,10 +1108,9 @@ class Batches:
             raise InputError(f"--data {args.data} has {len(images)} images, less than one batch of {args.batch_size}: "
                              f"give --batch-size {len(images)} or less")
         if dist.is_initialized():
-            seen = torch.tensor([first, len(images)], device=world.device)
-            seen = torch.cat([seen, -seen])
-            dist.all_reduce(seen, dist.ReduceOp.MAX)
-            if (seen[:2] != -seen[2:]).any():
+            seen = [None] * world.size
+            dist.all_gather_object(seen, (first, len(images)))
+            if len(set(seen)) > 1:
                 raise InputError("the processes see different checkpoints or pictures: --out and --data must be the "
                                  "same on all machines")
         self.waited = 0.0
