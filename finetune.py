@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         print_result(knn(model, images, val, centre, normalize, args, world), world)
         return
 
-    out, checkpoint = open_run(args, world, "finetune")
+    out, checkpoint = open_run(args, "finetune")
     wrapped = wrap(model, args, world)
     parts, steps = parts_of_batch(args, world), len(images) // args.batch_size
     if args.protocol == "linear" and parts > 1:

@@ -385,7 +385,7 @@ def generic(args: Namespace, world: World) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     model = build_generic(args, teacher)
-    out, checkpoint = open_run(args, world, "g2sd")
+    out, checkpoint = open_run(args, "g2sd")
     teacher.to(world.device)
     wrapped = wrap(model, args, world)
     encoder, config = model.encoder, dict(model.encoder.config, mean=list(args.mean), std=list(args.std))
@@ -458,7 +458,7 @@ def specific(args: Namespace, world: World) -> None:
     teacher.to(world.device).eval().requires_grad_(False)
     if args.labels:
         images = balanced(images, args.labels, args.seed)
-    out, checkpoint = open_run(args, world, "g2sd")
+    out, checkpoint = open_run(args, "g2sd")
     wrapped = wrap(model, args, world)
     config = dict(model.config, mean=list(args.mean), std=list(args.std))
 

@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     args.decoder = args.decoder or DECODERS.get(args.model, "512x8x16")
     teacher, teacher_normalize = load_teacher(args, world.device)
     model = build(args, teacher)
-    out, checkpoint = open_run(args, world, "mae")
+    out, checkpoint = open_run(args, "mae")
     wrapped = wrap(model, args, world)
     encoder, config = model.encoder, dict(model.encoder.config, mean=list(args.mean), std=list(args.std))
 

@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     images = open_images(args)
     apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
     model = share_statistics(build(args), args, world)
-    out, checkpoint = open_run(args, world, "moco_v3")
+    out, checkpoint = open_run(args, "moco_v3")
     wrapped = wrap(model, args, world)
     encoder, config = model.base_encoder, dict(model.base_encoder.config, mean=list(args.mean), std=list(args.std))
 

@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     check(args)
     teacher, number, teacher_normalize = load_teacher(args, world.device)
     model = build(args, teacher, number)
-    out, checkpoint = open_run(args, world, "tinymim")
+    out, checkpoint = open_run(args, "tinymim")
     wrapped = wrap(model, args, world)
     observe = torch.compile(model.observe) if args.compile else model.observe
     encoder, config = model.encoder, dict(model.encoder.config, mean=list(args.mean), std=list(args.std))

@@ -1150,32 +1150,28 @@ FREE_ON_RESUME = ("data", "data_root", "download", "out", "resume", "workers", "
                   "save_minutes", "log_every")
 
 
-def open_run(args: Namespace, world: World, method: str) -> tuple[Path, dict | None]:
-    """The folder of this run, and the checkpoint to continue from or None.
+def open_run(args: Namespace, method: str) -> tuple[Path, dict | None]:
+    """The folder of this run, which becomes args.out, and the checkpoint to continue from or None.
 
     Raises InputError if --out holds a run already, or if what --resume names is not there, not readable, of another
     method, or was made with other settings. Nothing is written yet.
     """
-    if args.resume is not None:
-        checkpoint = find_checkpoint(args)
-        if checkpoint is not None:
-            if checkpoint.get("method") != method:
-                raise InputError(f"--resume: the file is of {checkpoint.get('method', 'another program')}, "
-                                 f"not of {method}")
-            old = checkpoint["args"]
-            changed = [f"{name} {old.get(name)} -> {value}" for name, value in vars(args).items()
-                       if name not in FREE_ON_RESUME and old.get(name) != value]
-            if changed:
-                raise InputError(f"--resume: settings differ from the run's: {', '.join(changed)}")
-            return Path(args.out), checkpoint
-    folder = Path(args.out or f"runs/{method}-{args.recipe}")
-    if args.out is None:  # runs/mae-demo, runs/mae-demo-2, ...
-        number = 2
-        while (folder / "args.json").exists():
-            folder, number = Path(f"runs/{method}-{args.recipe}-{number}"), number + 1
-    if (folder / "args.json").exists() and args.resume is None:
-        raise InputError(f"--out {folder} holds a run already: continue it by --resume, or choose another folder")
-    return folder, None
+    checkpoint = None if args.resume is None else find_checkpoint(args)
+    if checkpoint is not None:
+        if checkpoint.get("method") != method:
+            raise InputError(f"--resume: the file is of {checkpoint.get('method', 'another program')}, not of {method}")
+        old = checkpoint["args"]
+        changed = [f"{name} {old.get(name)} -> {value}" for name, value in vars(args).items()
+                   if name not in FREE_ON_RESUME and old.get(name) != value]
+        if changed:
+            raise InputError(f"--resume: settings differ from the run's: {', '.join(changed)}")
+    elif args.out is None:  # runs/mae-demo, runs/mae-demo-2, ...
+        args.out, number = f"runs/{method}-{args.recipe}", 2
+        while Path(args.out, "args.json").exists():
+            args.out, number = f"runs/{method}-{args.recipe}-{number}", number + 1
+    elif args.resume is None and Path(args.out, "args.json").exists():
+        raise InputError(f"--out {args.out} holds a run already: continue it by --resume, or choose another folder")
+    return Path(args.out), checkpoint
 
 
 def find_checkpoint(args: Namespace) -> dict | None:
@@ -1184,22 +1180,18 @@ def find_checkpoint(args: Namespace) -> dict | None:
     if not args.resume and args.out is None:
         raise InputError("--resume needs --out, or the path of the run")
     path = Path(args.resume or args.out)
-    files = [path] if path.is_file() else [path / "last.pth", path / "prev.pth"]
-    args.out = args.out or str(path.parent if path.is_file() else path)
-    if not any(file.exists() for file in files):
-        if args.resume:
-            raise InputError(f"--resume {args.resume}: no checkpoint there")
-        say(f"no checkpoint in {path}: a new run starts")
-        return None
+    folder, names = (path.parent, [path.name]) if path.is_file() else (path, ["last.pth", "prev.pth"])
+    args.out = args.out or str(folder)
+    files = [folder / name for name in names if (folder / name).exists()]
     for file in files:
         try:
-            content = load_file(str(file))
-            if isinstance(content, dict) and "args" in content:
-                return content
-            say(f"warning: {file}: not a checkpoint to continue from")
+            return load_file(str(file))
         except InputError as error:
             say(f"warning: {error}")
-    raise InputError(f"--resume: no readable checkpoint in {path}")
+    if files or args.resume:
+        raise InputError(f"--resume: no {'readable checkpoint in' if files else 'checkpoint there:'} {path}")
+    say(f"no checkpoint in {path}: a new run starts")
+    return None
 
 
 def write_file(content: dict, path: Path, previous: Path | None = None) -> None:
