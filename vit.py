@@ -1159,7 +1159,7 @@ def open_run(args: Namespace, method: str) -> tuple[Path, dict | None]:
     checkpoint = None if args.resume is None else find_checkpoint(args)
     if checkpoint is not None:
         if checkpoint.get("method") != method:
-            raise InputError(f"--resume: the file is of {checkpoint.get('method', 'another program')}, not of {method}")
+            raise InputError(f"--resume: the file is of {checkpoint.get('method', 'something else')}, not of {method}")
         old = checkpoint["args"]
         changed = [f"{name} {old.get(name)} -> {value}" for name, value in vars(args).items()
                    if name not in FREE_ON_RESUME and old.get(name) != value]
@@ -1185,7 +1185,8 @@ def find_checkpoint(args: Namespace) -> dict | None:
     files = [folder / name for name in names if (folder / name).exists()]
     for file in files:
         try:
-            return load_file(str(file))
+            content = load_file(str(file))
+            return content if isinstance(content, dict) else {}
         except InputError as error:
             say(f"warning: {error}")
     if files or args.resume:
@@ -1247,9 +1248,9 @@ class Log:
                  first: int, last: int):
         self.args, self.world, self.loader = args, world, loader
         self.steps_per_epoch, self.last = steps_per_epoch, last
-        self.file, self.pending, self.signal, self.leave = None, None, 0, False
+        self.pending, self.signal, self.leave = None, 0, False
         self.sums, self.count, self.waited = {}, 0, 0.0
-        self.start = self.saved = self.told = time.time()
+        self.saved = self.told = time.time()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         self.path = out / "log.jsonl"
@@ -1273,31 +1274,34 @@ class Log:
     def step(self, step: int, lr: float, **losses: Tensor) -> bool:
         """After the update that makes `step` done. True if the run is to be left. Ends the program with status 1 if
         the loss of the step before was not finite."""
+        self.flush()
         flag = torch.full((), float(self.signal > 0), device=self.world.device)
         values = self.world.sum(torch.stack([*(loss.detach().float() for loss in losses.values()), flag]))
         event = None
         if values.is_cuda:
             values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
-        before, self.pending = self.pending, (step, lr, time.time(), list(losses), values, event)
-        if before:
-            self.read(*before)
+        self.pending = (step, lr, time.time(), list(losses), values, event)
         return self.leave
 
-    def read(self, step: int, lr: float, now: float, names: list[str], values: Tensor,
-             event: torch.cuda.Event | None) -> None:
+    def flush(self) -> None:
+        """Reads the values that are still on their way; before anything is saved."""
+        if self.pending is None:
+            return
+        (step, lr, now, names, values, event), self.pending = self.pending, None
         if event is not None:
             event.synchronize()
         *values, flag = (values / self.world.size).tolist()
+        losses = dict(zip(names, values, strict=True))
         if not all(map(math.isfinite, values)):
             self.bar.close()
             if self.world.main:
-                told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+                told = ", ".join(f"{name} {value}" for name, value in losses.items())
                 say(f"step {step}: {told} at learning rate {lr:.3g}; what is saved is from before. A lower --blr or "
                     "--precision fp32 may help")
             sys.exit(1)
         self.leave = flag > 0
-        for name, value in zip(names, values, strict=True):
+        for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
         self.bar.update()
@@ -1331,12 +1335,6 @@ class Log:
                     file.write(json.dumps(finite) + "\n")
             except OSError as error:  # a lost line is no reason to lose the training
                 say(f"warning: {self.path}: {error}")
-
-    def flush(self) -> None:
-        """Reads what is still on its way; before anything is saved."""
-        if self.pending:
-            pending, self.pending = self.pending, None
-            self.read(*pending)
 
     def save_due(self) -> bool:
         """Whether the main process is to save now: the time between checkpoints is over, and the loss is finite. (If
