@@ -595,8 +595,7 @@ def wrap(model: nn.Module, args: Namespace, world: World) -> nn.Module:
     model.to(world.device)
     wrapped = torch.compile(model) if args.compile else model
     if dist.is_initialized():
-        devices = [world.device.index] if world.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(wrapped, devices)
+        wrapped = nn.parallel.DistributedDataParallel(wrapped, [world.device] if args.device == "cuda" else None)
     return wrapped
 
 
@@ -691,17 +690,17 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on broken files
-# name: (class in torchvision.datasets, options for pre-training, for labelled training, for evaluation)
+# name: (class in torchvision.datasets, options for training, for evaluation, and for pre-training if others)
 TORCHVISION = {
-    "cifar10": ("CIFAR10", [dict(train=True)], [dict(train=True)], [dict(train=False)]),
-    "cifar100": ("CIFAR100", [dict(train=True)], [dict(train=True)], [dict(train=False)]),
-    "stl10": ("STL10", [dict(split="train+unlabeled")], [dict(split="train")], [dict(split="test")]),
-    "flowers102": ("Flowers102", *[[dict(split="train"), dict(split="val")]] * 2, [dict(split="test")]),
-    "pets": ("OxfordIIITPet", *[[dict(split="trainval")]] * 2, [dict(split="test")]),
-    "aircraft": ("FGVCAircraft", *[[dict(split="trainval")]] * 2, [dict(split="test")]),
-    "food101": ("Food101", *[[dict(split="train")]] * 2, [dict(split="test")]),
-    "dtd": ("DTD", *[[dict(split="train"), dict(split="val")]] * 2, [dict(split="test")]),
-    "imagenette": ("Imagenette", *[[dict(split="train")]] * 2, [dict(split="val")]),
+    "cifar10": ("CIFAR10", [dict(train=True)], [dict(train=False)]),
+    "cifar100": ("CIFAR100", [dict(train=True)], [dict(train=False)]),
+    "stl10": ("STL10", [dict(split="train")], [dict(split="test")], [dict(split="train+unlabeled")]),
+    "flowers102": ("Flowers102", [dict(split="train"), dict(split="val")], [dict(split="test")]),
+    "pets": ("OxfordIIITPet", [dict(split="trainval")], [dict(split="test")]),
+    "aircraft": ("FGVCAircraft", [dict(split="trainval")], [dict(split="test")]),
+    "food101": ("Food101", [dict(split="train")], [dict(split="test")]),
+    "dtd": ("DTD", [dict(split="train"), dict(split="val")], [dict(split="test")]),
+    "imagenette": ("Imagenette", [dict(split="train")], [dict(split="val")]),
 }
 
 
@@ -952,8 +951,8 @@ def pack_if_small(files: Files, strict: bool, most_bytes: int = 2**31) -> Images
 
 def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
     """A data set of torchvision, in its official splits."""
-    kind, *splits = TORCHVISION[args.data]
-    chosen = splits[2] if split == "val" else splits[1] if labels else splits[0]
+    kind, train, val, *unlabelled = TORCHVISION[args.data]
+    chosen = val if split == "val" else train if labels or not unlabelled else unlabelled[0]
     if args.download and dist.is_initialized():
         raise InputError("--download is for a single process: run the command once without torchrun, and with "
                          "--epochs 0")
