@@ -1020,19 +1020,18 @@ class Decoder(Dataset):
         self.images, self.view = images, view
 
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, np.ndarray, list[str]]:
-        index, numbers = request[0].copy(), request[1]
-        views, complaints = [], []
-        for row, wanted in enumerate(index):
+        views, index, complaints = [], [], []
+        for wanted, numbers in zip(*request, strict=True):
             for i in (wanted + np.arange(50)) % len(self.images):
                 try:
-                    views.append(self.look(i, numbers[row:row + 1]))
-                    index[row] = i
+                    views.append(self.look(i, numbers[None]))
+                    index.append(i)
                     break
                 except InputError as error:  # told by the training process: from here it would be a traceback
                     complaints.append(str(error))
             else:
-                return torch.empty(0), index, [f"50 pictures in a row; {complaints[-1]}"]
-        return torch.stack(views), index, complaints
+                return torch.empty(0), np.empty(0), [f"50 pictures in a row; {complaints[-1]}"]
+        return torch.stack(views), np.array(index), complaints
 
     def look(self, i: int, numbers: np.ndarray) -> Tensor:
         picture = resize(self.images.cut(i, self.view, numbers), self.view.size)
