@@ -554,21 +554,20 @@ def start_processes(args: Namespace) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and local_rank >= torch.cuda.device_count():
-        raise InputError(f"--device cuda: process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; "
-                         "start no more processes than there are, or choose --device cpu")
-    device = torch.device("cpu")
+    device, precision = torch.device("cpu"), "fp32"
     if args.device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"--device cuda: process {local_rank} of this machine finds {torch.cuda.device_count()} "
+                             "GPUs; start no more processes than there are, or choose --device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
         torch.backends.cudnn.benchmark = True
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif args.precision == "fp16":
+        raise InputError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     if args.precision == "auto":
-        args.precision = "fp32"
-        if args.device == "cuda":
-            args.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if args.precision == "fp16" and args.device != "cuda":
-        raise InputError(f"--precision fp16 needs a GPU; on {args.device} use fp32 or bf16")
+        args.precision = precision
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
