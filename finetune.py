@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     mix = mixing(args.mixup, args.cutmix, len(images.classes))
     loader = Batches(images, view, args, world, first, last)
-    log = Log(args, out, world, loader, steps, first, last)
+    log = Log(args, out, world, loader)
     if world.main:
         say(f"{args.protocol}, recipe {recipe}: {len(images)} images of {len(images.classes)} classes, {last} steps of"
               f" {args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}\n"

@@ -399,7 +399,7 @@ def generic(args: Namespace, world: World) -> None:
     first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     normalize = normalizer(args.mean, args.std, world.device)
     loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
-    log = Log(args, out, world, loader, steps, first, last)
+    log = Log(args, out, world, loader)
     if world.main:
         say(f"G2SD generic, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, learning "
               f"rate {lr:.3g}, block {args.layer} of {len(teacher.decoder_blocks)} of the teacher's decoder, "
@@ -473,7 +473,7 @@ def specific(args: Namespace, world: World) -> None:
     centre = View(model.image_size, centre=args.centre)
     mix = mixing(args.mixup, args.cutmix, len(images.classes))
     loader = Batches(images, view, args, world, first, last)
-    log = Log(args, out, world, loader, steps, first, last)
+    log = Log(args, out, world, loader)
     if world.main:
         say(f"G2SD specific, recipe {args.recipe}: {len(images)} images of {len(images.classes)} classes, {last} "
               f"steps of {args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} "

@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     normalize = normalizer(args.mean, args.std, world.device)
     loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
-    log = Log(args, out, world, loader, steps, first, last)
+    log = Log(args, out, world, loader)
     if world.main:
         name = "D2-MAE" if args.decode_from else "D-MAE" if teacher else "MAE"
         say(f"{name}, recipe {args.recipe}: {len(images)} images, {last} steps of "

@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     normalize = normalizer(args.mean, args.std, world.device)
     loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0), count=2), args, world, first, last)
-    log = Log(args, out, world, loader, steps, first, last)
+    log = Log(args, out, world, loader)
     uniform_loss = torch.tensor(4 * args.temperature * math.log(args.batch_size), device=world.device)
     if world.main:
         say(f"MoCo v3, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, learning rate "

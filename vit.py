@@ -1110,6 +1110,7 @@ class Batches:
             if len(set(seen)) > 1:
                 raise InputError("the processes see different checkpoints or pictures: --out and --data must be the "
                                  "same on all machines")
+        self.first, self.last, self.steps_per_epoch = first, last, len(images) // args.batch_size
         self.waited = 0.0
         self.views = views_of(images, view, requests(len(images), view, args, world, first, last), args, world)
 
@@ -1241,10 +1242,8 @@ class Log:
     by themselves: no step waits for the device, and all processes leave after the same one.
     """
 
-    def __init__(self, args: Namespace, out: Path, world: World, loader: Batches, steps_per_epoch: int,
-                 first: int, last: int):
+    def __init__(self, args: Namespace, out: Path, world: World, loader: Batches):
         self.args, self.world, self.loader = args, world, loader
-        self.steps_per_epoch, self.last = steps_per_epoch, last
         self.pending, self.signal, self.leave = None, 0, False
         self.sums, self.count, self.waited = {}, 0, 0.0
         self.saved = self.told = time.time()
@@ -1256,13 +1255,13 @@ class Log:
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
                 kept = []
-                if first and self.path.exists():  # drop what an interrupted run wrote after its last checkpoint
+                if loader.first and self.path.exists():  # drop what an interrupted run wrote after its last checkpoint
                     kept = [line for line in self.path.read_text().splitlines(True)
-                            if line.endswith("}\n") and json.loads(line)["step"] <= first]
+                            if line.endswith("}\n") and json.loads(line)["step"] <= loader.first]
                 self.path.write_text("".join(kept))
             except OSError as error:
                 raise InputError(f"--out {out} cannot be written: {error}") from None
-        self.bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True,
+        self.bar = tqdm(total=loader.last, initial=loader.first, unit="step", dynamic_ncols=True,
                         disable=not world.main or not sys.stderr.isatty())
 
     def on_signal(self, number: int, frame) -> None:
@@ -1302,17 +1301,17 @@ class Log:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
         self.bar.update()
-        if step % self.args.log_every == 0 or step == self.last:
+        if step % self.args.log_every == 0 or step == self.loader.last:
             self.tell(step, lr, now)
 
     def tell(self, step: int, lr: float, now: float) -> None:
         """Writes the means since the last record; `now` is when the step was done."""
         seconds = max(now - self.told, 1e-9)
-        record = dict(step=step, epoch=round(step / self.steps_per_epoch, 4),
+        record = dict(step=step, epoch=round(step / self.loader.steps_per_epoch, 4),
                       **{name: value / self.count for name, value in self.sums.items()}, lr=lr,
                       images_per_s=round(self.count * self.args.batch_size / seconds, 1),
                       waiting=round((self.loader.waited - self.waited) / seconds, 3),
-                      eta_s=round((self.last - step) * seconds / self.count))
+                      eta_s=round((self.loader.last - step) * seconds / self.count))
         if self.world.device.type == "cuda":
             record["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.sums, self.count, self.told, self.waited = {}, 0, now, self.loader.waited
@@ -1320,7 +1319,7 @@ class Log:
         shown = {name: f"{record[name]:.4g}" for name in record if name not in ("step", "epoch", "eta_s", "waiting")}
         self.bar.set_postfix(shown, refresh=False)
         if self.bar.disable and self.world.main:
-            say(f"step {step}/{self.last}  " + "".join(f"{name} {value}  " for name, value in shown.items())
+            say(f"step {step}/{self.loader.last}  " + "".join(f"{name} {value}  " for name, value in shown.items())
                 + f"eta {record['eta_s']} s")
 
     def write(self, record: dict) -> None:
