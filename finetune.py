@@ -155,7 +155,7 @@ OPTIONS = {
 
 def choose_recipe(args: Namespace, images: Images, weights: tuple[dict, dict] | None) -> str:
     """The recipe for the data, the protocol and, where the picture is large, the size of the network."""
-    name = args.recipe or recipe_for(args, images)
+    name = recipe_for(args, images)
     if args.protocol == "linear":
         return name if name.endswith("-linear") else f"{name.split('-')[0].replace('transfer', 'imagenet')}-linear"
     if args.recipe is None and name == "imagenet":

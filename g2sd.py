@@ -380,7 +380,7 @@ def generic(args: Namespace, world: World) -> None:
     if args.layer is None:
         args.layer = max(1, len(teacher.decoder_blocks) // 2)  # 4 of 8 in the paper
     images = open_images(args)
-    apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
+    apply_recipe(args, recipe_for(args, images), RECIPES)
     for name, value in STUDENTS.get(args.model, {}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -440,7 +440,7 @@ def generic(args: Namespace, world: World) -> None:
 def specific(args: Namespace, world: World) -> None:
     val = open_images(args, "val", labels=True)
     images = val if args.eval else open_images(args, "train", labels=True)
-    apply_recipe(args, (args.recipe or recipe_for(args, images)).removesuffix("-specific") + "-specific", RECIPES)
+    apply_recipe(args, recipe_for(args, images).removesuffix("-specific") + "-specific", RECIPES)
     if args.eval:
         model, config = load_trained(args.init, args.heads, "--heads", val, args.data)
         normalize = normalizer(config["mean"], config["std"], world.device)

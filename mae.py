@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, __doc__, RECIPES, OPTIONS)
     world = start_processes(args)
     images = open_images(args)
-    apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
+    apply_recipe(args, recipe_for(args, images), RECIPES)
     args.decoder = args.decoder or DECODERS.get(args.model, "512x8x16")
     teacher, teacher_normalize = load_teacher(args, world.device)
     model = build(args, teacher)

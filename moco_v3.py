@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, __doc__, RECIPES, OPTIONS)
     world = start_processes(args)
     images = open_images(args)
-    apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
+    apply_recipe(args, recipe_for(args, images), RECIPES)
     model = share_statistics(build(args), args, world)
     out, checkpoint = open_run(args, "moco_v3")
     wrapped = wrap(model, args, world)

@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, __doc__, RECIPES, OPTIONS)
     world = start_processes(args)
     images = open_images(args)
-    apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
+    apply_recipe(args, recipe_for(args, images), RECIPES)
     check(args)
     teacher, number, teacher_normalize = load_teacher(args, world.device)
     model = build(args, teacher, number)

@@ -491,9 +491,9 @@ def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], opt
 
 
 def recipe_for(args: Namespace, images: "Images") -> str:
-    """The recipe that fits the data: demo for the shapes, cifar for pictures up to 64 pixels, else imagenet."""
-    if args.data == "shapes":
-        return "demo"
+    """--recipe, or what fits the data: demo for the shapes, cifar for pictures up to 64 pixels, else imagenet."""
+    if args.recipe or args.data == "shapes":
+        return args.recipe or "demo"
     return "cifar" if images.side is not None and images.side <= 64 else "imagenet"
 
 
