@@ -383,7 +383,6 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
 # open_images, requests, views_of. Only finetune.py and g2sd.py need the last section, on labels.
 # Part 1 stands alone, so this part brings its own imports.
 import argparse
-import copy
 import json
 import os
 import signal
@@ -392,7 +391,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from glob import glob
 from itertools import zip_longest
@@ -748,21 +747,20 @@ def crop_boxes(numbers: np.ndarray, height: int, width: int, scale: tuple[float,
     return np.stack([top, left, h, w], axis=1)
 
 
+@dataclass
 class Images:
-    """Pictures, with labels (int64) and names of classes, or None for these; items: what is kept of each picture."""
+    """Pictures: what is kept of each, M; labels M int64 and the names of their classes, or None for these."""
+    items: Tensor | np.ndarray
+    labels: np.ndarray | None
+    classes: list[str] | None
 
-    side: int | None = None  # longer side of a picture where all have the same size
-
-    def __init__(self, items: Tensor | np.ndarray, labels: np.ndarray | None, classes: list[str] | None):
-        self.items, self.labels, self.classes = items, labels, classes
+    side = None  # longer side of a picture in pixels, where all have the same size
 
     def __len__(self) -> int:
         return len(self.items)
 
     def subset(self, index: np.ndarray) -> "Images":
-        part = copy.copy(self)
-        part.items, part.labels = self.items[index], None if self.labels is None else self.labels[index]
-        return part
+        return replace(self, items=self.items[index], labels=None if self.labels is None else self.labels[index])
 
     def cut(self, i: int, view: View, numbers: np.ndarray) -> Tensor:
         """The part of picture i that `view` chooses by numbers 1 NUMBERS, uint8 C h w, not resized yet."""
@@ -807,12 +805,10 @@ def resampling(start: Tensor, length: Tensor, flip: Tensor, old: int, new: int) 
     return weights / weights.sum(2, keepdim=True)
 
 
+@dataclass
 class Files(Images):
     """Pictures in files; items: their names below `root`, one array of bytes, which worker processes share."""
-
-    def __init__(self, root: str, items: np.ndarray, labels: np.ndarray | None, classes: list[str] | None):
-        super().__init__(items, labels, classes)
-        self.root = root
+    root: str
 
     def path(self, i: int) -> str:
         return os.path.join(self.root, os.fsdecode(bytes(self.items[i])))
@@ -900,7 +896,7 @@ def open_folder(data: str, split: str, labels: bool) -> Files:
             say(f"warning: class {classes[empty]} has no images in {folder}")
     if not names:
         raise InputError(f"--data {data}: no images in {folder} (looked for {' '.join(SUFFIXES)})")
-    return Files(folder, np.array(names), ids, classes)
+    return Files(np.array(names), ids, classes, folder)
 
 
 def class_folders(folder: str) -> list[str]:
@@ -970,7 +966,7 @@ def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
     # Labels are known without decoding, but not under a public name.
     known = np.concatenate([part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
                             for part in parts])
-    return Named(ConcatDataset(parts), np.arange(len(known)), known.astype(np.int64), classes)
+    return Named(np.arange(len(known)), known.astype(np.int64), classes, ConcatDataset(parts))
 
 
 def shapes(count: int, seed: int, side: int = 32) -> Packed:
@@ -1011,12 +1007,12 @@ def shapes(count: int, seed: int, side: int = 32) -> Packed:
 
 # ---- from pictures to batches
 
+@dataclass
 class Decoder(Dataset):
     """What worker processes do: a request (numbers of pictures B, numbers of chance B NUMBERS) -> their views as bytes
     B C h w, the pictures that are in them, complaints. A picture that cannot be read is replaced by the next one."""
-
-    def __init__(self, images: Images, view: View):
-        self.images, self.view = images, view
+    images: Images
+    view: View
 
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, np.ndarray, list[str]]:
         views, index, complaints = [], [], []

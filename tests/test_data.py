@@ -129,7 +129,7 @@ def test_the_centre_view_of_a_packed_picture_of_its_own_size_is_the_picture():
 def test_the_centre_view_of_a_file_is_resize_and_centre_crop(tmp_path):
     smooth = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 12, 3), np.uint8)).resize((300, 200), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "a.png")
-    images = Files(str(tmp_path), np.array([b"a.png"]), None, None)
+    images = Files(np.array([b"a.png"]), None, None, str(tmp_path))
     ours = Decoder(images, View((112, 112), centre=0.875)).look(0, np.zeros((1, View.NUMBERS)))
     whole = torch.from_numpy(np.array(smooth)).permute(2, 0, 1)
     expected = TF.center_crop(TF.resize(whole, [128], interpolation=v2.InterpolationMode.BICUBIC, antialias=True), [112, 112])
@@ -139,7 +139,7 @@ def test_the_centre_view_of_a_file_is_resize_and_centre_crop(tmp_path):
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
     smooth = Image.fromarray(np.random.RandomState(0).randint(0, 256, (12, 12, 3), np.uint8)).resize((1200, 900), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "a.jpg", quality=95)
-    images = Files(str(tmp_path), np.array([b"a.jpg"]), None, None)
+    images = Files(np.array([b"a.jpg"]), None, None, str(tmp_path))
     view = argparse.Namespace(size=(64, 64), boxes=lambda numbers, h, w: np.array([[100, 200, 700, 800]]))
     part = images.cut(0, view, np.zeros((1, View.NUMBERS)))
     assert max(part.shape[1:]) <= 200
