@@ -155,7 +155,7 @@ OPTIONS = {
 
 def choose_recipe(args: Namespace, images: Images, weights: tuple[dict, dict] | None) -> str:
     """The recipe for the data, the protocol and, where the picture is large, the size of the network."""
-    name = args.recipe or recipe_for(args, images)
+    name = recipe_for(args, images)
     if args.protocol == "linear":
         return name if name.endswith("-linear") else f"{name.split('-')[0].replace('transfer', 'imagenet')}-linear"
     if args.recipe is None and name == "imagenet":
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         print_result(knn(model, images, val, centre, normalize, args, world), world)
         return
 
-    out, checkpoint = open_run(args, world, "finetune")
+    out, checkpoint = open_run(args, "finetune")
     wrapped = wrap(model, args, world)
     parts, steps = parts_of_batch(args, world), len(images) // args.batch_size
     if args.protocol == "linear" and parts > 1:
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     mix = mixing(args.mixup, args.cutmix, len(images.classes))
     loader = Batches(images, view, args, world, first, last)
-    log = Log(args, out, world, loader, steps, first, last)
+    log = Log(args, out, world, loader)
     if world.main:
         say(f"{args.protocol}, recipe {recipe}: {len(images)} images of {len(images.classes)} classes, {last} steps of"
               f" {args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}\n"

@@ -380,12 +380,12 @@ def generic(args: Namespace, world: World) -> None:
     if args.layer is None:
         args.layer = max(1, len(teacher.decoder_blocks) // 2)  # 4 of 8 in the paper
     images = open_images(args)
-    apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
+    apply_recipe(args, recipe_for(args, images), RECIPES)
     for name, value in STUDENTS.get(args.model, {}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     model = build_generic(args, teacher)
-    out, checkpoint = open_run(args, world, "g2sd")
+    out, checkpoint = open_run(args, "g2sd")
     teacher.to(world.device)
     wrapped = wrap(model, args, world)
     encoder, config = model.encoder, dict(model.encoder.config, mean=list(args.mean), std=list(args.std))
@@ -399,7 +399,7 @@ def generic(args: Namespace, world: World) -> None:
     first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     normalize = normalizer(args.mean, args.std, world.device)
     loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
-    log = Log(args, out, world, loader, steps, first, last)
+    log = Log(args, out, world, loader)
     if world.main:
         say(f"G2SD generic, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, learning "
               f"rate {lr:.3g}, block {args.layer} of {len(teacher.decoder_blocks)} of the teacher's decoder, "
@@ -440,7 +440,7 @@ def generic(args: Namespace, world: World) -> None:
 def specific(args: Namespace, world: World) -> None:
     val = open_images(args, "val", labels=True)
     images = val if args.eval else open_images(args, "train", labels=True)
-    apply_recipe(args, (args.recipe or recipe_for(args, images)).removesuffix("-specific") + "-specific", RECIPES)
+    apply_recipe(args, recipe_for(args, images).removesuffix("-specific") + "-specific", RECIPES)
     if args.eval:
         model, config = load_trained(args.init, args.heads, "--heads", val, args.data)
         normalize = normalizer(config["mean"], config["std"], world.device)
@@ -458,7 +458,7 @@ def specific(args: Namespace, world: World) -> None:
     teacher.to(world.device).eval().requires_grad_(False)
     if args.labels:
         images = balanced(images, args.labels, args.seed)
-    out, checkpoint = open_run(args, world, "g2sd")
+    out, checkpoint = open_run(args, "g2sd")
     wrapped = wrap(model, args, world)
     config = dict(model.config, mean=list(args.mean), std=list(args.std))
 
@@ -473,7 +473,7 @@ def specific(args: Namespace, world: World) -> None:
     centre = View(model.image_size, centre=args.centre)
     mix = mixing(args.mixup, args.cutmix, len(images.classes))
     loader = Batches(images, view, args, world, first, last)
-    log = Log(args, out, world, loader, steps, first, last)
+    log = Log(args, out, world, loader)
     if world.main:
         say(f"G2SD specific, recipe {args.recipe}: {len(images)} images of {len(images.classes)} classes, {last} "
               f"steps of {args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} "

@@ -331,11 +331,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, __doc__, RECIPES, OPTIONS)
     world = start_processes(args)
     images = open_images(args)
-    apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
+    apply_recipe(args, recipe_for(args, images), RECIPES)
     args.decoder = args.decoder or DECODERS.get(args.model, "512x8x16")
     teacher, teacher_normalize = load_teacher(args, world.device)
     model = build(args, teacher)
-    out, checkpoint = open_run(args, world, "mae")
+    out, checkpoint = open_run(args, "mae")
     wrapped = wrap(model, args, world)
     encoder, config = model.encoder, dict(model.encoder.config, mean=list(args.mean), std=list(args.std))
 
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     normalize = normalizer(args.mean, args.std, world.device)
     loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
-    log = Log(args, out, world, loader, steps, first, last)
+    log = Log(args, out, world, loader)
     if world.main:
         name = "D2-MAE" if args.decode_from else "D-MAE" if teacher else "MAE"
         say(f"{name}, recipe {args.recipe}: {len(images)} images, {last} steps of "

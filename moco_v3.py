@@ -301,9 +301,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, __doc__, RECIPES, OPTIONS)
     world = start_processes(args)
     images = open_images(args)
-    apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
+    apply_recipe(args, recipe_for(args, images), RECIPES)
     model = share_statistics(build(args), args, world)
-    out, checkpoint = open_run(args, world, "moco_v3")
+    out, checkpoint = open_run(args, "moco_v3")
     wrapped = wrap(model, args, world)
     encoder, config = model.base_encoder, dict(model.base_encoder.config, mean=list(args.mean), std=list(args.std))
 
@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     normalize = normalizer(args.mean, args.std, world.device)
     loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0), count=2), args, world, first, last)
-    log = Log(args, out, world, loader, steps, first, last)
+    log = Log(args, out, world, loader)
     uniform_loss = torch.tensor(4 * args.temperature * math.log(args.batch_size), device=world.device)
     if world.main:
         say(f"MoCo v3, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, learning rate "

@@ -359,11 +359,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv, __doc__, RECIPES, OPTIONS)
     world = start_processes(args)
     images = open_images(args)
-    apply_recipe(args, args.recipe or recipe_for(args, images), RECIPES)
+    apply_recipe(args, recipe_for(args, images), RECIPES)
     check(args)
     teacher, number, teacher_normalize = load_teacher(args, world.device)
     model = build(args, teacher, number)
-    out, checkpoint = open_run(args, world, "tinymim")
+    out, checkpoint = open_run(args, "tinymim")
     wrapped = wrap(model, args, world)
     observe = torch.compile(model.observe) if args.compile else model.observe
     encoder, config = model.encoder, dict(model.encoder.config, mean=list(args.mean), std=list(args.std))
@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
     first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
     normalize = normalizer(args.mean, args.std, world.device)
     loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
-    log = Log(args, out, world, loader, steps, first, last)
+    log = Log(args, out, world, loader)
     if world.main:
         say(f"TinyMIM, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, "
             f"learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}\n"

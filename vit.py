@@ -383,7 +383,6 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
 # open_images, requests, views_of. Only finetune.py and g2sd.py need the last section, on labels.
 # Part 1 stands alone, so this part brings its own imports.
 import argparse
-import copy
 import json
 import os
 import signal
@@ -391,9 +390,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from glob import glob
 from itertools import zip_longest
 from pathlib import Path
 from statistics import NormalDist
@@ -401,7 +401,7 @@ from statistics import NormalDist
 import numpy as np
 import torch.distributed as dist
 from PIL import Image, ImageEnhance, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -447,8 +447,9 @@ def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], opt
         group = parser.add_argument_group(title)
         for name, (kind, allowed, meaning) in {**COMMON_OPTIONS.get(title, {}), **options.get(title, {})}.items():
             by_value: dict[str, list[str]] = {}
-            for recipe in (recipe for recipe in recipes if recipes[recipe].get(name) is not None):
-                by_value.setdefault(str(recipes[recipe][name]), []).append(recipe)
+            for recipe, values in recipes.items():
+                if values.get(name) is not None:
+                    by_value.setdefault(str(values[name]), []).append(recipe)
             shown = "; ".join(f"{value}: {', '.join(names)}" for value, names in by_value.items())
             how = dict(type=kind, metavar=kind.__name__)
             if kind is bool:
@@ -489,9 +490,9 @@ def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], opt
 
 
 def recipe_for(args: Namespace, images: "Images") -> str:
-    """The recipe that fits the data: demo for the shapes, cifar for pictures up to 64 pixels, else imagenet."""
-    if args.data == "shapes":
-        return "demo"
+    """--recipe, or what fits the data: demo for the shapes, cifar for pictures up to 64 pixels, else imagenet."""
+    if args.recipe or args.data == "shapes":
+        return args.recipe or "demo"
     return "cifar" if images.side is not None and images.side <= 64 else "imagenet"
 
 
@@ -552,20 +553,20 @@ def start_processes(args: Namespace) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and local_rank >= torch.cuda.device_count():
-        raise InputError(f"--device cuda: process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; "
-                         "start no more processes than there are, or choose --device cpu")
-    device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device(args.device)
+    device, precision = torch.device("cpu"), "fp32"
     if args.device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"--device cuda: process {local_rank} of this machine finds {torch.cuda.device_count()} "
+                             "GPUs; start no more processes than there are, or choose --device cpu")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
         torch.backends.cudnn.benchmark = True
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif args.precision == "fp16":
+        raise InputError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     if args.precision == "auto":
-        args.precision = "fp32"
-        if args.device == "cuda":
-            args.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if args.precision == "fp16" and args.device != "cuda":
-        raise InputError(f"--precision fp16 needs a GPU; on {args.device} use fp32 or bf16")
+        args.precision = precision
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -592,8 +593,7 @@ def wrap(model: nn.Module, args: Namespace, world: World) -> nn.Module:
     model.to(world.device)
     wrapped = torch.compile(model) if args.compile else model
     if dist.is_initialized():
-        devices = [world.device.index] if world.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(wrapped, devices)
+        wrapped = nn.parallel.DistributedDataParallel(wrapped, [world.device] if args.device == "cuda" else None)
     return wrapped
 
 
@@ -618,10 +618,9 @@ def say(text: str) -> None:
 
 def launch(main: Callable[[], None]) -> None:
     """Runs a script. What its user can mend is one line on stderr and exit status 2, instead of a traceback."""
-    code = 1
+    code = 0
     try:
         main()
-        code = 0
     except InputError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # what all processes meet is told by the first; torchrun ends the others meanwhile
@@ -631,14 +630,11 @@ def launch(main: Callable[[], None]) -> None:
         code = 130
     except BrokenPipeError:  # the result went to a program that has ended, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except SystemExit as end:
         code = end.code
-        if isinstance(code, str):
-            say(code)
-            code = 1
     except Exception:
         traceback.print_exc()
+        code = 1
     if dist.is_initialized():
         if code:  # the others may be inside a collective: leave without them, torchrun ends them
             sys.stdout.flush()
@@ -692,17 +688,17 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on broken files
-# name: (class in torchvision.datasets, options for pre-training, for labelled training, for evaluation)
+# name: (class in torchvision.datasets, options for training, for evaluation, and for pre-training if others)
 TORCHVISION = {
-    "cifar10": ("CIFAR10", [dict(train=True)], [dict(train=True)], [dict(train=False)]),
-    "cifar100": ("CIFAR100", [dict(train=True)], [dict(train=True)], [dict(train=False)]),
-    "stl10": ("STL10", [dict(split="train+unlabeled")], [dict(split="train")], [dict(split="test")]),
-    "flowers102": ("Flowers102", *[[dict(split="train"), dict(split="val")]] * 2, [dict(split="test")]),
-    "pets": ("OxfordIIITPet", *[[dict(split="trainval")]] * 2, [dict(split="test")]),
-    "aircraft": ("FGVCAircraft", *[[dict(split="trainval")]] * 2, [dict(split="test")]),
-    "food101": ("Food101", *[[dict(split="train")]] * 2, [dict(split="test")]),
-    "dtd": ("DTD", *[[dict(split="train"), dict(split="val")]] * 2, [dict(split="test")]),
-    "imagenette": ("Imagenette", *[[dict(split="train")]] * 2, [dict(split="val")]),
+    "cifar10": ("CIFAR10", [dict(train=True)], [dict(train=False)]),
+    "cifar100": ("CIFAR100", [dict(train=True)], [dict(train=False)]),
+    "stl10": ("STL10", [dict(split="train")], [dict(split="test")], [dict(split="train+unlabeled")]),
+    "flowers102": ("Flowers102", [dict(split="train"), dict(split="val")], [dict(split="test")]),
+    "pets": ("OxfordIIITPet", [dict(split="trainval")], [dict(split="test")]),
+    "aircraft": ("FGVCAircraft", [dict(split="trainval")], [dict(split="test")]),
+    "food101": ("Food101", [dict(split="train")], [dict(split="test")]),
+    "dtd": ("DTD", [dict(split="train"), dict(split="val")], [dict(split="test")]),
+    "imagenette": ("Imagenette", [dict(split="train")], [dict(split="val")]),
 }
 
 
@@ -729,8 +725,7 @@ class View:
         if self.scale is not None:
             return crop_boxes(numbers, height, width, self.scale)
         aspect = self.size[0] / self.size[1]
-        h, w = (height, height / aspect) if height / aspect <= width else (width * aspect, width)
-        h, w = h * self.centre, w * self.centre
+        h, w = self.centre * min(height, width * aspect), self.centre * min(width, height / aspect)
         return np.tile([(height - h) / 2, (width - w) / 2, h, w], (len(numbers), 1))
 
     def flips(self, numbers: np.ndarray) -> np.ndarray:
@@ -752,24 +747,23 @@ def crop_boxes(numbers: np.ndarray, height: int, width: int, scale: tuple[float,
     return np.stack([top, left, h, w], axis=1)
 
 
+@dataclass
 class Images:
-    """Pictures, with labels (int64) and names of classes, or None for these; items: what is kept of each picture."""
+    """Pictures: what is kept of each, M; labels M int64 and the names of their classes, or None for these."""
+    items: Tensor | np.ndarray
+    labels: np.ndarray | None
+    classes: list[str] | None
 
-    side: int | None = None  # longer side of a picture where all have the same size
-
-    def __init__(self, items: Tensor | np.ndarray, labels: np.ndarray | None, classes: list[str] | None):
-        self.items, self.labels, self.classes = items, labels, classes
+    side = None  # longer side of a picture in pixels, where all have the same size
 
     def __len__(self) -> int:
         return len(self.items)
 
     def subset(self, index: np.ndarray) -> "Images":
-        part = copy.copy(self)
-        part.items, part.labels = self.items[index], None if self.labels is None else self.labels[index]
-        return part
+        return replace(self, items=self.items[index], labels=None if self.labels is None else self.labels[index])
 
-    def cut(self, i: int, box_of: Callable[[int, int], np.ndarray], size: tuple[int, int]) -> Tensor:
-        """The part of picture i that box_of(height, width) chooses, uint8 C h w; it will be resized to `size`."""
+    def cut(self, i: int, view: View, numbers: np.ndarray) -> Tensor:
+        """The part of picture i that `view` chooses by numbers 1 NUMBERS, uint8 C h w, not resized yet."""
         raise NotImplementedError
 
 
@@ -780,8 +774,8 @@ class Packed(Images):
     def side(self) -> int:
         return max(self.items.shape[2:])
 
-    def cut(self, i, box_of, size):
-        top, left, h, w = box_of(*self.items.shape[2:]).round().astype(int)
+    def cut(self, i, view, numbers):
+        (top, left, h, w), = view.boxes(numbers, *self.items.shape[2:]).round().astype(int)
         return self.items[i, :, top:top + h, left:left + w]
 
     def look(self, index: np.ndarray, numbers: np.ndarray, view: View) -> Tensor:
@@ -811,12 +805,10 @@ def resampling(start: Tensor, length: Tensor, flip: Tensor, old: int, new: int) 
     return weights / weights.sum(2, keepdim=True)
 
 
+@dataclass
 class Files(Images):
     """Pictures in files; items: their names below `root`, one array of bytes, which worker processes share."""
-
-    def __init__(self, root: str, items: np.ndarray, labels: np.ndarray | None, classes: list[str] | None):
-        super().__init__(items, labels, classes)
-        self.root = root
+    root: str
 
     def path(self, i: int) -> str:
         return os.path.join(self.root, os.fsdecode(bytes(self.items[i])))
@@ -825,14 +817,14 @@ class Files(Images):
         """Picture i, not yet decoded."""
         return Image.open(self.path(i))
 
-    def cut(self, i, box_of, size):
+    def cut(self, i, view, numbers):
         """Raises InputError, with its path, if the picture cannot be read."""
         try:
             with self.open(i) as image:
                 width, height = image.size
-                top, left, h, w = box_of(height, width)
+                (top, left, h, w), = view.boxes(numbers, height, width)
                 # A large JPEG is decoded at 1/2, 1/4 or 1/8 where its crop keeps at least twice the size wanted.
-                image.draft("RGB", (math.ceil(2 * width * size[1] / w), math.ceil(2 * height * size[0] / h)))
+                image.draft("RGB", (math.ceil(2 * width * view.size[1] / w), math.ceil(2 * height * view.size[0] / h)))
                 x, y = image.size[0] / width, image.size[1] / height
                 box = [round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)]
                 box[2:] = max(box[2], box[0] + 1), max(box[3], box[1] + 1)
@@ -889,37 +881,31 @@ def open_folder(data: str, split: str, labels: bool) -> Files:
         if labels or split != "train":
             raise InputError(f"--data {data}: no folder {folder}; expected {split}/<class>/<image>")
         folder = data
-    if not labels:
-        names = list(find_images(os.fsencode(folder)))
-        ids = classes = None
-    else:
-        train = os.path.join(data, "train")
-        classes = class_folders(train) if os.path.isdir(train) else []
+    names, ids, classes = list(find_images(os.fsencode(folder))), None, None
+    if labels:
+        classes = class_folders(os.path.join(data, "train"))
         if not classes:
-            raise InputError(f"--data {data}: no class folders in {train}; expected train/<class>/<image>")
+            raise InputError(f"--data {data}: no class folders in {data}/train; expected train/<class>/<image>")
         extra = sorted(set(class_folders(folder)) - set(classes))
         if extra:
             raise InputError(f"--data {data}: classes {', '.join(extra[:5])} are in {split}/ but not in train/")
-        names, ids = [], []
-        for number, name in enumerate(classes):
-            found = list(find_images(os.fsencode(os.path.join(folder, name)), os.fsencode(name)))
-            if not found:
-                say(f"warning: class {name} has no images in {folder}")
-            names += found
-            ids += [number] * len(found)
+        number = {os.fsencode(name): i for i, name in enumerate(classes)}
+        names = [name for name in names if os.path.dirname(name)]
+        ids = np.array([number[name.split(os.fsencode(os.sep))[0]] for name in names], np.int64)
+        for empty in np.setdiff1d(np.arange(len(classes)), ids):
+            say(f"warning: class {classes[empty]} has no images in {folder}")
     if not names:
         raise InputError(f"--data {data}: no images in {folder} (looked for {' '.join(SUFFIXES)})")
-    return Files(folder, np.array(names), None if ids is None else np.array(ids), classes)
+    return Files(np.array(names), ids, classes, folder)
 
 
 def class_folders(folder: str) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    """Names of the folders in a folder, sorted; none if it is not there."""
+    return sorted(name.rstrip(os.sep) for name in glob("*/", root_dir=folder))
 
 
-def find_images(folder: bytes, inside: bytes = b"") -> Iterator[bytes]:
-    """Names of the pictures below a folder, each with `inside` before it, in sorted order."""
-    if not os.path.isdir(folder):
-        return
+def find_images(folder: bytes) -> Iterator[bytes]:
+    """Names of the pictures below a folder, in sorted order."""
     suffixes = tuple(suffix.encode() for suffix in SUFFIXES)
     try:
         with os.scandir(folder) as entries:
@@ -928,30 +914,28 @@ def find_images(folder: bytes, inside: bytes = b"") -> Iterator[bytes]:
         raise InputError(f"{os.fsdecode(folder)} cannot be listed ({error.strerror})") from None
     for name, is_folder in found:
         if is_folder:
-            yield from find_images(os.path.join(folder, name), os.path.join(inside, name))
+            yield from (os.path.join(name, below) for below in find_images(os.path.join(folder, name)))
         elif name.lower().endswith(suffixes):
-            yield os.path.join(inside, name)
+            yield name
 
 
 def pack_if_small(files: Files, strict: bool, most_bytes: int = 2**31) -> Images:
     """Decodes a folder of small pictures into one array: their files would cost more than the training."""
-    def size_of(i: int) -> tuple[int, int] | None:
-        try:
-            with files.open(i) as image:
-                return image.size
-        except UNREADABLE:
-            return None
-    sizes = {size_of(i) for i in np.linspace(0, len(files) - 1, min(len(files), 64)).astype(int)} - {None}
+    sizes = set()
+    for i in np.linspace(0, len(files) - 1, min(len(files), 64)).astype(int):
+        with suppress(*UNREADABLE), files.open(i) as image:
+            sizes.add(image.size)
     width, height = next(iter(sizes), (65, 65))
     if len(sizes) != 1 or max(width, height) > 64 or len(files) * 3 * width * height > most_bytes:
         return files
-    pixels, good, side = torch.empty(len(files), 3, height, width, dtype=torch.uint8), [], (height, width)
+    pixels, good = torch.empty(len(files), 3, height, width, dtype=torch.uint8), []
+    whole, numbers = View((height, width)), np.zeros((1, View.NUMBERS), np.float32)
     for i in tqdm(range(len(files)), desc="decoding small pictures", disable=not sys.stderr.isatty(), leave=False):
         try:
-            picture = files.cut(i, lambda h, w: np.array([0, 0, h, w]), side)
-            if picture.shape[1:] != side:
-                say(f"warning: {files.path(i)} is brought from {tuple(picture.shape[1:])} to {side} like the rest")
-            pixels[len(good)] = resize(picture, side)
+            picture = files.cut(i, whole, numbers)
+            if picture.shape[1:] != whole.size:
+                say(f"warning: {files.path(i)} is brought to {height} x {width} pixels like the rest")
+            pixels[len(good)] = resize(picture, whole.size)
             good.append(i)
         except InputError as error:
             if strict:
@@ -962,16 +946,14 @@ def pack_if_small(files: Files, strict: bool, most_bytes: int = 2**31) -> Images
 
 def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
     """A data set of torchvision, in its official splits."""
-    kind, *splits = TORCHVISION[args.data]
-    chosen = splits[2] if split == "val" else splits[1] if labels else splits[0]
+    kind, train, val, *unlabelled = TORCHVISION[args.data]
+    chosen = val if split == "val" else train if labels or not unlabelled else unlabelled[0]
+    if args.download and dist.is_initialized():
+        raise InputError("--download is for a single process: run the command once without torchrun, and with "
+                         "--epochs 0")
+    download = dict(download=True) if args.download else {}
     try:
-        if args.download:
-            if dist.is_initialized():
-                raise InputError("--download is for a single process: run the command once without torchrun, and with "
-                                 "--epochs 0")
-            for options in chosen:
-                getattr(datasets, kind)(args.data_root, download=True, **options)
-        parts = [getattr(datasets, kind)(args.data_root, **options) for options in chosen]
+        parts = [getattr(datasets, kind)(args.data_root, **options, **download) for options in chosen]
     except (RuntimeError, OSError) as error:
         raise InputError(f"--data {args.data}: not in --data-root {args.data_root} ({error}); "
                          "--download fetches it") from None
@@ -980,12 +962,11 @@ def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
         pixels = np.concatenate([part.data for part in parts])
         pixels = pixels if pixels.shape[1] == 3 else pixels.transpose(0, 3, 1, 2)
         known = np.concatenate([part.targets if hasattr(part, "targets") else part.labels for part in parts])
-        images = Packed(torch.from_numpy(np.ascontiguousarray(pixels)), known.astype(np.int64), classes)
-    else:  # labels are known without decoding, but not under a public name
-        known = np.concatenate([part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
-                                for part in parts])
-        images = Named(torch.utils.data.ConcatDataset(parts), np.arange(len(known)), known.astype(np.int64), classes)
-    return images
+        return Packed(torch.from_numpy(np.ascontiguousarray(pixels)), known.astype(np.int64), classes)
+    # Labels are known without decoding, but not under a public name.
+    known = np.concatenate([part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
+                            for part in parts])
+    return Named(np.arange(len(known)), known.astype(np.int64), classes, ConcatDataset(parts))
 
 
 def shapes(count: int, seed: int, side: int = 32) -> Packed:
@@ -1026,35 +1007,29 @@ def shapes(count: int, seed: int, side: int = 32) -> Packed:
 
 # ---- from pictures to batches
 
+@dataclass
 class Decoder(Dataset):
-    """What worker processes do: a request (numbers of pictures, numbers of chance) -> their views as bytes.
-
-    A picture that cannot be read is replaced by the next one, and told of; `strict` (evaluation) gives up instead.
-    """
-
-    def __init__(self, images: Images, view: View, strict: bool):
-        self.images, self.view, self.strict = images, view, strict
+    """What worker processes do: a request (numbers of pictures B, numbers of chance B NUMBERS) -> their views as bytes
+    B C h w, the pictures that are in them, complaints. A picture that cannot be read is replaced by the next one."""
+    images: Images
+    view: View
 
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, np.ndarray, list[str]]:
-        index, numbers = request[0].copy(), request[1]
-        complaints, views = [], []
-        for row in range(len(index)):
-            view, told = None, []
-            while view is None:
+        views, index, complaints = [], [], []
+        for wanted, numbers in zip(*request, strict=True):
+            for i in (wanted + np.arange(50)) % len(self.images):
                 try:
-                    view = self.look(int(index[row]), numbers[row:row + 1])
-                except InputError as error:
-                    told.append(str(error))
-                    if self.strict or len(told) == 50:  # an exception would lose its one clear line between processes
-                        return torch.empty(0), index, [told[0] if self.strict else f"50 pictures in a row; {told[0]}"]
-                    index[row] = (index[row] + 1) % len(self.images)
-            complaints += told
-            views.append(view)
-        return torch.stack(views), index, complaints
+                    views.append(self.look(i, numbers[None]))
+                    index.append(i)
+                    break
+                except InputError as error:  # told by the training process: from here it would be a traceback
+                    complaints.append(str(error))
+            else:
+                return torch.empty(0), np.empty(0), [f"50 pictures in a row; {complaints[-1]}"]
+        return torch.stack(views), np.array(index), complaints
 
     def look(self, i: int, numbers: np.ndarray) -> Tensor:
-        picture = self.images.cut(i, lambda h, w: self.view.boxes(numbers, h, w)[0], self.view.size)
-        picture = resize(picture, self.view.size)
+        picture = resize(self.images.cut(i, self.view, numbers), self.view.size)
         if self.view.flips(numbers)[0]:
             picture = picture.flip(2)
         if self.view.randaugment:
@@ -1067,28 +1042,26 @@ class Decoder(Dataset):
 def views_of(images: Images, view: View, requests: Iterator, args: Namespace, world: World,
              strict: bool = False) -> Iterator[tuple[Tensor, np.ndarray]]:
     """For every request (float B C h w in 0..1 on the device, numbers of the pictures). Pictures in one array are cut
-    on the device; files, and whatever needs RandAugment, come as bytes from worker processes."""
+    on the device; files, and whatever needs RandAugment, come as bytes from worker processes. Raises InputError if
+    pictures cannot be read: with `strict` (evaluation) any, else more than 1 %, but at least 50."""
     if isinstance(images, Packed):
         images.items = images.items.to("cpu" if view.randaugment else world.device)
         if not view.randaugment:
             yield from ((images.look(index, numbers, view), index) for index, numbers in requests)
             return
-    loader = DataLoader(Decoder(images, view, strict), sampler=requests, batch_size=None, num_workers=args.workers,
+    loader = DataLoader(Decoder(images, view), sampler=requests, batch_size=None, num_workers=args.workers,
                         pin_memory=world.device.type == "cuda", worker_init_fn=leave_signals_alone)
     bad, seen = set(), 0
-    for pixels, index, complaints in survived(loader):
-        for complaint in set(complaints) - bad:
-            say(f"warning: {complaint}")
-        bad, seen = bad | set(complaints), seen + len(index)
-        if not len(pixels) or len(bad) > max(50, 0.01 * seen):
-            raise InputError(complaints[0] if not len(pixels) else f"{len(bad)} of {seen} pictures cannot be read")
-        yield pixels.to(world.device, non_blocking=True).float().div_(255), np.asarray(index)
-
-
-def survived(loader: DataLoader) -> Iterator:
-    """What the loader gives; a worker process that the system ended is an InputError that says what to try."""
     try:
-        yield from loader
+        for pixels, index, complaints in loader:
+            if complaints and (strict or not len(pixels)):
+                raise InputError(complaints[0])
+            for complaint in set(complaints) - bad:
+                say(f"warning: {complaint}")
+            bad, seen = bad | set(complaints), seen + len(index)
+            if len(bad) > max(50, 0.01 * seen):
+                raise InputError(f"{len(bad)} of {seen} pictures cannot be read")
+            yield pixels.to(world.device, non_blocking=True).float().div_(255), np.asarray(index)
     except (RuntimeError, ConnectionError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
@@ -1128,12 +1101,12 @@ class Batches:
             raise InputError(f"--data {args.data} has {len(images)} images, less than one batch of {args.batch_size}: "
                              f"give --batch-size {len(images)} or less")
         if dist.is_initialized():
-            seen = torch.tensor([first, len(images)], device=world.device)
-            seen = torch.cat([seen, -seen])
-            dist.all_reduce(seen, dist.ReduceOp.MAX)
-            if (seen[:2] != -seen[2:]).any():
+            seen = [None] * world.size
+            dist.all_gather_object(seen, (first, len(images)))
+            if len(set(seen)) > 1:
                 raise InputError("the processes see different checkpoints or pictures: --out and --data must be the "
                                  "same on all machines")
+        self.first, self.last, self.steps_per_epoch = first, last, len(images) // args.batch_size
         self.waited = 0.0
         self.views = views_of(images, view, requests(len(images), view, args, world, first, last), args, world)
 
@@ -1171,32 +1144,28 @@ FREE_ON_RESUME = ("data", "data_root", "download", "out", "resume", "workers", "
                   "save_minutes", "log_every")
 
 
-def open_run(args: Namespace, world: World, method: str) -> tuple[Path, dict | None]:
-    """The folder of this run, and the checkpoint to continue from or None.
+def open_run(args: Namespace, method: str) -> tuple[Path, dict | None]:
+    """The folder of this run, which becomes args.out, and the checkpoint to continue from or None.
 
     Raises InputError if --out holds a run already, or if what --resume names is not there, not readable, of another
     method, or was made with other settings. Nothing is written yet.
     """
-    if args.resume is not None:
-        checkpoint = find_checkpoint(args)
-        if checkpoint is not None:
-            if checkpoint.get("method") != method:
-                raise InputError(f"--resume: the file is of {checkpoint.get('method', 'another program')}, "
-                                 f"not of {method}")
-            old = checkpoint["args"]
-            changed = [f"{name} {old.get(name)} -> {value}" for name, value in vars(args).items()
-                       if name not in FREE_ON_RESUME and old.get(name) != value]
-            if changed:
-                raise InputError(f"--resume: settings differ from the run's: {', '.join(changed)}")
-            return Path(args.out), checkpoint
-    folder = Path(args.out or f"runs/{method}-{args.recipe}")
-    if args.out is None:  # runs/mae-demo, runs/mae-demo-2, ...
-        number = 2
-        while (folder / "args.json").exists():
-            folder, number = Path(f"runs/{method}-{args.recipe}-{number}"), number + 1
-    if (folder / "args.json").exists() and args.resume is None:
-        raise InputError(f"--out {folder} holds a run already: continue it by --resume, or choose another folder")
-    return folder, None
+    checkpoint = None if args.resume is None else find_checkpoint(args)
+    if checkpoint is not None:
+        if checkpoint.get("method") != method:
+            raise InputError(f"--resume: the file is of {checkpoint.get('method', 'something else')}, not of {method}")
+        old = checkpoint["args"]
+        changed = [f"{name} {old.get(name)} -> {value}" for name, value in vars(args).items()
+                   if name not in FREE_ON_RESUME and old.get(name) != value]
+        if changed:
+            raise InputError(f"--resume: settings differ from the run's: {', '.join(changed)}")
+    elif args.out is None:  # runs/mae-demo, runs/mae-demo-2, ...
+        args.out, number = f"runs/{method}-{args.recipe}", 2
+        while Path(args.out, "args.json").exists():
+            args.out, number = f"runs/{method}-{args.recipe}-{number}", number + 1
+    elif args.resume is None and Path(args.out, "args.json").exists():
+        raise InputError(f"--out {args.out} holds a run already: continue it by --resume, or choose another folder")
+    return Path(args.out), checkpoint
 
 
 def find_checkpoint(args: Namespace) -> dict | None:
@@ -1205,22 +1174,19 @@ def find_checkpoint(args: Namespace) -> dict | None:
     if not args.resume and args.out is None:
         raise InputError("--resume needs --out, or the path of the run")
     path = Path(args.resume or args.out)
-    files = [path] if path.is_file() else [path / "last.pth", path / "prev.pth"]
-    args.out = args.out or str(path.parent if path.is_file() else path)
-    if not any(file.exists() for file in files):
-        if args.resume:
-            raise InputError(f"--resume {args.resume}: no checkpoint there")
-        say(f"no checkpoint in {path}: a new run starts")
-        return None
+    folder, names = (path.parent, [path.name]) if path.is_file() else (path, ["last.pth", "prev.pth"])
+    args.out = args.out or str(folder)
+    files = [folder / name for name in names if (folder / name).exists()]
     for file in files:
         try:
             content = load_file(str(file))
-            if isinstance(content, dict) and "args" in content:
-                return content
-            say(f"warning: {file}: not a checkpoint to continue from")
+            return content if isinstance(content, dict) else {}
         except InputError as error:
             say(f"warning: {error}")
-    raise InputError(f"--resume: no readable checkpoint in {path}")
+    if files or args.resume:
+        raise InputError(f"--resume: no {'readable checkpoint in' if files else 'checkpoint there:'} {path}")
+    say(f"no checkpoint in {path}: a new run starts")
+    return None
 
 
 def write_file(content: dict, path: Path, previous: Path | None = None) -> None:
@@ -1272,13 +1238,11 @@ class Log:
     by themselves: no step waits for the device, and all processes leave after the same one.
     """
 
-    def __init__(self, args: Namespace, out: Path, world: World, loader: Batches, steps_per_epoch: int,
-                 first: int, last: int):
+    def __init__(self, args: Namespace, out: Path, world: World, loader: Batches):
         self.args, self.world, self.loader = args, world, loader
-        self.steps_per_epoch, self.last = steps_per_epoch, last
-        self.file, self.pending, self.signal, self.leave = None, None, 0, False
+        self.pending, self.signal, self.leave = None, 0, False
         self.sums, self.count, self.waited = {}, 0, 0.0
-        self.start = self.saved = self.told = time.time()
+        self.saved = self.told = time.time()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         self.path = out / "log.jsonl"
@@ -1287,13 +1251,13 @@ class Log:
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
                 kept = []
-                if first and self.path.exists():  # drop what an interrupted run wrote after its last checkpoint
+                if loader.first and self.path.exists():  # drop what an interrupted run wrote after its last checkpoint
                     kept = [line for line in self.path.read_text().splitlines(True)
-                            if line.endswith("}\n") and json.loads(line)["step"] <= first]
+                            if line.endswith("}\n") and json.loads(line)["step"] <= loader.first]
                 self.path.write_text("".join(kept))
             except OSError as error:
                 raise InputError(f"--out {out} cannot be written: {error}") from None
-        self.bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True,
+        self.bar = tqdm(total=loader.last, initial=loader.first, unit="step", dynamic_ncols=True,
                         disable=not world.main or not sys.stderr.isatty())
 
     def on_signal(self, number: int, frame) -> None:
@@ -1302,43 +1266,48 @@ class Log:
     def step(self, step: int, lr: float, **losses: Tensor) -> bool:
         """After the update that makes `step` done. True if the run is to be left. Ends the program with status 1 if
         the loss of the step before was not finite."""
+        self.flush()
         flag = torch.full((), float(self.signal > 0), device=self.world.device)
         values = self.world.sum(torch.stack([*(loss.detach().float() for loss in losses.values()), flag]))
         event = None
         if values.is_cuda:
             values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
-        before, self.pending = self.pending, (step, lr, time.time(), list(losses), values, event)
-        if before:
-            self.read(*before)
+        self.pending = (step, lr, time.time(), list(losses), values, event)
         return self.leave
 
-    def read(self, step: int, lr: float, now: float, names: list[str], values: Tensor,
-             event: torch.cuda.Event | None) -> None:
+    def flush(self) -> None:
+        """Reads the values that are still on their way; before anything is saved."""
+        if self.pending is None:
+            return
+        (step, lr, now, names, values, event), self.pending = self.pending, None
         if event is not None:
             event.synchronize()
         *values, flag = (values / self.world.size).tolist()
+        losses = dict(zip(names, values, strict=True))
         if not all(map(math.isfinite, values)):
             self.bar.close()
-            told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
-            sys.exit(f"step {step}: {told} at learning rate {lr:.3g}; what is saved is from before. A lower --blr or "
-                     "--precision fp32 may help" if self.world.main else 1)
+            if self.world.main:
+                told = ", ".join(f"{name} {value}" for name, value in losses.items())
+                say(f"step {step}: {told} at learning rate {lr:.3g}; what is saved is from before. A lower --blr or "
+                    "--precision fp32 may help")
+            sys.exit(1)
         self.leave = flag > 0
-        for name, value in zip(names, values, strict=True):
+        for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
         self.bar.update()
-        if step % self.args.log_every == 0 or step == self.last:
+        if step % self.args.log_every == 0 or step == self.loader.last:
             self.tell(step, lr, now)
 
     def tell(self, step: int, lr: float, now: float) -> None:
         """Writes the means since the last record; `now` is when the step was done."""
         seconds = max(now - self.told, 1e-9)
-        record = dict(step=step, epoch=round(step / self.steps_per_epoch, 4),
+        record = dict(step=step, epoch=round(step / self.loader.steps_per_epoch, 4),
                       **{name: value / self.count for name, value in self.sums.items()}, lr=lr,
                       images_per_s=round(self.count * self.args.batch_size / seconds, 1),
                       waiting=round((self.loader.waited - self.waited) / seconds, 3),
-                      eta_s=round((self.last - step) * seconds / self.count))
+                      eta_s=round((self.loader.last - step) * seconds / self.count))
         if self.world.device.type == "cuda":
             record["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.sums, self.count, self.told, self.waited = {}, 0, now, self.loader.waited
@@ -1346,7 +1315,7 @@ class Log:
         shown = {name: f"{record[name]:.4g}" for name in record if name not in ("step", "epoch", "eta_s", "waiting")}
         self.bar.set_postfix(shown, refresh=False)
         if self.bar.disable and self.world.main:
-            say(f"step {step}/{self.last}  " + "".join(f"{name} {value}  " for name, value in shown.items())
+            say(f"step {step}/{self.loader.last}  " + "".join(f"{name} {value}  " for name, value in shown.items())
                 + f"eta {record['eta_s']} s")
 
     def write(self, record: dict) -> None:
@@ -1358,12 +1327,6 @@ class Log:
                     file.write(json.dumps(finite) + "\n")
             except OSError as error:  # a lost line is no reason to lose the training
                 say(f"warning: {self.path}: {error}")
-
-    def flush(self) -> None:
-        """Reads what is still on its way; before anything is saved."""
-        if self.pending:
-            pending, self.pending = self.pending, None
-            self.read(*pending)
 
     def save_due(self) -> bool:
         """Whether the main process is to save now: the time between checkpoints is over, and the loss is finite. (If

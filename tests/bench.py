@@ -77,7 +77,7 @@ def input_pipeline(data: str) -> None:
     files = files.subset(np.linspace(0, len(files) - 1, min(len(files), 100)).astype(int))
     textbook = v2.Compose([v2.RandomResizedCrop(224, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
                            v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
-    decoder, numbers = Decoder(files, View((224, 224), (0.2, 1.0)), True), uniform((len(files), View.NUMBERS), 0, CROPS, 0)
+    decoder, numbers = Decoder(files, View((224, 224), (0.2, 1.0))), uniform((len(files), View.NUMBERS), 0, CROPS, 0)
     show(f"from a file to a crop of 224 pixels, one core, {len(files)} files of {data}", rates(
         len(files), "cpu", rounds=5,
         **{"PIL decode, RandomResizedCrop, ToTensor, Normalize": lambda: [textbook(Image.open(files.path(i)).convert("RGB")) for i in range(len(files))],

@@ -129,8 +129,8 @@ def test_the_centre_view_of_a_packed_picture_of_its_own_size_is_the_picture():
 def test_the_centre_view_of_a_file_is_resize_and_centre_crop(tmp_path):
     smooth = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 12, 3), np.uint8)).resize((300, 200), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "a.png")
-    images = Files(str(tmp_path), np.array([b"a.png"]), None, None)
-    ours = Decoder(images, View((112, 112), centre=0.875), True).look(0, np.zeros((1, View.NUMBERS)))
+    images = Files(np.array([b"a.png"]), None, None, str(tmp_path))
+    ours = Decoder(images, View((112, 112), centre=0.875)).look(0, np.zeros((1, View.NUMBERS)))
     whole = torch.from_numpy(np.array(smooth)).permute(2, 0, 1)
     expected = TF.center_crop(TF.resize(whole, [128], interpolation=v2.InterpolationMode.BICUBIC, antialias=True), [112, 112])
     assert (ours.int() - expected.int()).abs().float().mean() < 2.0  # of 255: boxes are cut at whole pixels
@@ -139,9 +139,9 @@ def test_the_centre_view_of_a_file_is_resize_and_centre_crop(tmp_path):
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
     smooth = Image.fromarray(np.random.RandomState(0).randint(0, 256, (12, 12, 3), np.uint8)).resize((1200, 900), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "a.jpg", quality=95)
-    images = Files(str(tmp_path), np.array([b"a.jpg"]), None, None)
-    box = np.array([100, 200, 700, 800])
-    part = images.cut(0, lambda h, w: box, (64, 64))
+    images = Files(np.array([b"a.jpg"]), None, None, str(tmp_path))
+    view = argparse.Namespace(size=(64, 64), boxes=lambda numbers, h, w: np.array([[100, 200, 700, 800]]))
+    part = images.cut(0, view, np.zeros((1, View.NUMBERS)))
     assert max(part.shape[1:]) <= 200
     whole = torch.from_numpy(np.array(Image.open(tmp_path / "a.jpg"))).permute(2, 0, 1)
     expected = vit.resize(whole[:, 100:800, 200:1000], (64, 64))
@@ -166,7 +166,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     assert len(images) == len(KINDS)
     for view in (View((32, 32), scale=(0.2, 1.0)), View((32, 32), centre=0.875)):
         for i in range(len(images)):
-            assert Decoder(images, view, True).look(i, uniform((1, View.NUMBERS), 0, 1, i)).shape == (3, 32, 32)
+            assert Decoder(images, view).look(i, uniform((1, View.NUMBERS), 0, 1, i)).shape == (3, 32, 32)
     for name in ("I16.png", "F.tif"):
         assert len(to_rgb(Image.open(tmp_path / name)).unique()) > 200
 
@@ -200,7 +200,7 @@ def test_training_replaces_a_broken_picture_and_says_which_evaluation_refuses(tm
     images = open_folder(str(tmp_path), "train", False)
     bad = [i for i in range(4) if images.path(i).endswith(name)][0]
     request = (np.array([bad, (bad + 2) % 4]), np.zeros((2, View.NUMBERS)))
-    pixels, index, complaints = Decoder(images, View((32, 32)), False)[request]
+    pixels, index, complaints = Decoder(images, View((32, 32)))[request]
     assert pixels.shape == (2, 3, 32, 32) and index.tolist() == [(bad + 1) % 4, (bad + 2) % 4]
     assert len(complaints) == 1 and name in complaints[0]
     with pytest.raises(InputError, match=name):
