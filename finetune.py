@@ -29,8 +29,8 @@ from vit import (COMMON_OPTIONS, COUNT, IMAGENET_MEAN, IMAGENET_STD, NOT_NEGATIV
                  InputError, Log, View, ViT, World, apply_recipe, autocast, balanced, cosine, encoder_options,
                  evaluate, gradients_shared, in_order, launch, load_checkpoint, load_encoder, mixing, normalizer,
                  open_images, open_run, param_groups, parse_args, parts_of_batch, print_result, random_erasing,
-                 read_encoder, recipe_for, reseed, save_checkpoint, say, set_lr, start_processes, vit_options,
-                 wrap, write_file)
+                 read_encoder, recipe_for, reseed, save_checkpoint, say, sent, set_lr, start_processes,
+                 vit_options, wrap, write_file)
 
 # -------------------------------------------------------------------- the method
 
@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         total = 0.0
         for part in range(1, parts + 1):
             pixels, index = next(loader)
-            labels = torch.from_numpy(images.labels[index]).to(world.device, non_blocking=True)
+            labels = sent(images.labels[index], world.device)
             reseed(args.seed, step, world.rank, part)  # for mixing, erasing and stochastic depth
             pixels = normalize(pixels)                                                  # B C h w
             if args.erasing:
@@ -356,7 +356,7 @@ def features_of(model: ViT, images: Images, view: View, normalize: Callable, arg
     for pixels, index in in_order(images, view, args, world):
         with autocast(args):
             features.append(model.features(normalize(pixels)).float())
-        labels.append(torch.from_numpy(images.labels[index]).to(world.device))
+        labels.append(sent(images.labels[index], world.device))
     return torch.cat(features), torch.cat(labels)
 
 

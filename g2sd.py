@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit import (COMMON_OPTIONS, COUNT, MASKS, NOT_NEGATIVE, SHARE, Batches, Block, Images, InputError, Log, View,
-                 ViT, World, apply_recipe, autocast, balanced, cosine, decoder_sizes, drawn, encoder_options,
-                 evaluate, gradients_shared, init_linear, launch, load_checkpoint, load_encoder, load_file,
-                 mixing, normalizer, open_images, open_run, param_groups, parse_args, parts_of_batch,
+from vit import (COMMON_OPTIONS, COUNT, MASKS, NOT_NEGATIVE, SHARE, Batches, Block, Images, InputError, Log,
+                 View, ViT, World, apply_recipe, autocast, balanced, cosine, decoder_sizes, drawn,
+                 encoder_options, evaluate, gradients_shared, init_linear, launch, load_checkpoint, load_encoder,
+                 load_file, mixing, normalizer, open_images, open_run, param_groups, parse_args, parts_of_batch,
                  position_table, print_result, random_erasing, read_encoder, recipe_for, reseed, save_checkpoint,
-                 say, set_lr, start_processes, take, vit_options, weights_of, wrap, write_file)
+                 say, sent, set_lr, start_processes, take, vit_options, weights_of, wrap, write_file)
 
 # -------------------------------------------------------------------- the method: generic stage
 
@@ -489,7 +489,7 @@ def specific(args: Namespace, world: World) -> None:
         sums = {}
         for part in range(1, parts + 1):
             pixels, index = next(loader)
-            labels = torch.from_numpy(images.labels[index]).to(world.device, non_blocking=True)
+            labels = sent(images.labels[index], world.device)
             reseed(args.seed, step, world.rank, part)  # for mixing, erasing and stochastic depth
             pixels = normalize(pixels)                                                  # B C h w
             if args.erasing:

@@ -34,7 +34,7 @@ from vit import (COUNT, IMAGENET_MEAN, IMAGENET_STD, MASKS, NOT_NEGATIVE, SHARE,
                  InputError, Log, View, ViT, World, apply_recipe, autocast, cosine, decoder_sizes, drawn,
                  encoder_options, gradients_shared, in_order, init_linear, launch, layer_norm, load_checkpoint,
                  load_encoder, normalizer, open_images, open_run, param_groups, parse_args, parts_of_batch,
-                 position_table, read_encoder, recipe_for, relation, save_checkpoint, say, set_lr,
+                 position_table, read_encoder, recipe_for, relation, save_checkpoint, say, sent, set_lr,
                  start_processes, take, uniform, vit_options, wrap, write_file)
 
 # -------------------------------------------------------------------- the method
@@ -407,7 +407,7 @@ def save_reconstructions(model: MaskedAutoencoder, images: Images, normalize: Ca
     pixels = torch.cat([pixels for pixels, _ in in_order(some, View(size), args, alone, strict=False)])       # B C h w
     noise = uniform((len(pixels), model.encoder.patches), args.seed, MASKS, 0)
     with autocast(args):
-        painted, hidden = model.reconstruct(normalize(pixels), torch.from_numpy(noise).to(world.device))
+        painted, hidden = model.reconstruct(normalize(pixels), sent(noise, world.device))
     mean, std = (torch.tensor(value, device=world.device).view(-1, 1, 1) for value in (args.mean, args.std))
     painted, visible = (painted * std + mean).clamp(0, 1), 1 - hidden
     if args.norm_pix:

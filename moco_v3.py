@@ -34,8 +34,8 @@ from torchvision.utils import make_grid, save_image
 
 from vit import (COUNT, IMAGENET_MEAN, IMAGENET_STD, SHARE, Batches, InputError, Log, View, ViT, World,
                  apply_recipe, autocast, cosine, launch, load_checkpoint, normalizer, open_images, open_run,
-                 parse_args, parts_of_batch, recipe_for, save_checkpoint, say, set_lr, start_processes, uniform,
-                 vit_options, wrap, write_file)
+                 parse_args, parts_of_batch, recipe_for, save_checkpoint, say, sent, set_lr, start_processes,
+                 uniform, vit_options, wrap, write_file)
 
 # -------------------------------------------------------------------- the method
 
@@ -171,13 +171,10 @@ def draw_colours(numbers: np.ndarray, view: int, blur: float) -> Colours:
 def recolour(images: Tensor, colours: Colours) -> Tensor:
     """B 3 h w in 0..1, changed in place. As torchvision's ColorJitter, RandomGrayscale and solarize, and as a Gaussian
     blur, picture by picture; but no rounding to 255 levels in between."""
-    def sent(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(images.device, non_blocking=True)
-
     def change(rows: np.ndarray, how: Callable[..., Tensor], *values: np.ndarray) -> None:
         if rows.any():
-            index = sent(rows.nonzero()[0])
-            values = [sent(v[rows].astype(np.float32)).view(-1, 1, 1, 1) for v in values]
+            index = sent(rows.nonzero()[0], images.device)
+            values = [sent(v[rows].astype(np.float32), images.device).view(-1, 1, 1, 1) for v in values]
             images.index_copy_(0, index, how(images.index_select(0, index), *values))
 
     for place in range(4):  # every image has its own order: at each place, every adjustment takes its images

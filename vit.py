@@ -25,7 +25,7 @@ from torchvision.ops import stochastic_depth
 # -------------------------------------------------------------------- part 1: the Vision Transformer
 
 # Tiny and small have 12 heads as in MAE-Lite (arXiv 2205.14443) and MoCo v3; DeiT has 3 and 6. The number of heads
-# changes neither parameters nor cost, so it cannot be seen in a file of weights and must be said.
+# changes neither parameters nor cost, so it cannot be read from a file of weights and must be given.
 SIZES = {
     "demo": dict(width=64, depth=4, heads=4, mlp_ratio=2.0),  # for 32 x 32 pictures on a laptop
     "tiny": dict(width=192, depth=12, heads=12),
@@ -69,7 +69,8 @@ class Attention(nn.Module):
 def relation(a: Tensor, b: Tensor) -> Tensor:
     """Raw scores a b^T / sqrt(d) of every head, before any softmax: B H L d twice -> B H L L, at least float32.
 
-    `relation(q, k)` is what fused attention never shows; the distillation methods compare it.
+    `relation(q, k)` is what fused attention never shows; the distillation methods compare it. (TinyMIM's R is the
+    softmax of these scores, taken in its `divergence`.)
     """
     with torch.autocast(a.device.type, enabled=False):  # v v^T leaves the range of half precision
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
@@ -109,7 +110,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """One linear map of all patches, B C h w -> B N D, row by row of the picture."""
+    """The same linear layer for every patch, B C h w -> B N D, patches row by row."""
 
     def __init__(self, patch_size: int, channels: int, width: int):
         super().__init__()
@@ -267,7 +268,7 @@ def layer_of(name: str, depth: int) -> int:
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
 
-# What the files of the field hold beside the encoder: decoders, projectors, distillation heads.
+# What published files hold besides the encoder: decoders, projectors, distillation heads.
 NOT_ENCODER = ("mask_token", "decoder_", "head.", "decoderfeature_pred.", "encoderfeature_pred.", "dist_token",
                "head_dist.")
 # Encoders in a file that are not the one to use: MoCo v3's momentum copy, the teacher in MAE-Lite's D-MAE files.
@@ -375,8 +376,8 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
 
 
 # -------------------------------------------------------------------- part 2: the training kit
-# Processes, images, schedule, checkpoints, log. All chance is a function of (seed, step) for the whole batch, of
-# which every process takes its rows: so a resumed run repeats an unbroken one, and 1 or 8 processes train alike.
+# Processes, images, schedule, checkpoints, log. All random numbers are a function of (seed, step) for the whole batch,
+# of which every process takes its rows: a resumed run repeats an uninterrupted one, and 1 or 8 processes train alike.
 #
 # A script calls, in this order: parse_args, start_processes, open_images, apply_recipe, open_run, wrap,
 # load_checkpoint, Batches, Log; then in every step set_lr, next(loader), autocast, log.step. To follow a picture:
@@ -617,19 +618,17 @@ def say(text: str) -> None:
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Runs a script. What its user can mend is one line on stderr and exit status 2, instead of a traceback."""
+    """Runs a script. An error that its user can fix is one line on stderr and exit status 2, not a traceback."""
     code = 0
     try:
         main()
     except InputError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # what all processes meet is told by the first; torchrun ends the others meanwhile
+            time.sleep(3)  # an error of all processes is reported by the first; torchrun ends the others
         say(f"{Path(sys.argv[0]).name}: {error}")
         code = 2
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the result went to a program that has ended, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SystemExit as end:
         code = end.code
     except Exception:
@@ -645,7 +644,7 @@ def launch(main: Callable[[], None]) -> None:
 
 # ---- chance and schedule
 
-# The streams of chance; what belongs to one of them moves none of the others.
+# Independent random streams: drawing from one does not change the others.
 ORDER, CROPS, MASKS, LAYERS, LABELS = range(5)
 
 
@@ -662,9 +661,13 @@ def uniform(shape: tuple[int, ...], seed: int, stream: int, step: int) -> np.nda
 def drawn(width: int, stream: int, step: int, args: Namespace, world: World) -> Tensor:
     """Numbers in [0, 1) for this process's images of one step, rows x width, on the device."""
     numbers = uniform((args.batch_size, width), args.seed, stream, step)[world.rows(args.batch_size)]
-    numbers = torch.from_numpy(numbers)
-    # From pinned memory the copy does not wait for the device to finish the step before.
-    return numbers.pin_memory().to(world.device, non_blocking=True) if world.device.type == "cuda" else numbers
+    return sent(numbers, world.device)
+
+
+def sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """To the device, for a GPU by way of pinned memory: else the copy would wait for all that the GPU has to do yet."""
+    values = torch.from_numpy(values)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def cosine(epoch: float, peak: float, low: float, warmup: float, epochs: float) -> float:
@@ -704,7 +707,7 @@ TORCHVISION = {
 
 @dataclass(frozen=True)
 class View:
-    """How a batch is looked at.
+    """How the images of a batch are cropped and augmented.
 
     size         (height, width) of what the network gets, in pixels
     scale        smallest and largest share of a picture's area that a random crop takes; None: the centre
@@ -768,7 +771,7 @@ class Images:
 
 
 class Packed(Images):
-    """Pictures of one size; items: uint8 M C h w, on the device where they are looked at in batches."""
+    """Pictures of one size; items: uint8 M C h w, on the device where they are augmented in batches."""
 
     @property
     def side(self) -> int:
@@ -782,11 +785,10 @@ class Packed(Images):
         """A batch of views, float B C h w in 0..1: each picture cropped, flipped and resized by two matrix products."""
         device = self.items.device
         boxes = np.column_stack([view.boxes(numbers, *self.items.shape[2:]).round(), view.flips(numbers)])
-        boxes = torch.from_numpy(boxes.astype(np.float32)).to(device, non_blocking=True)
-        top, left, h, w, flip = boxes.T
+        top, left, h, w, flip = sent(boxes.astype(np.float32), device).T
         rows = resampling(top, h, torch.zeros_like(flip), self.items.shape[2], view.size[0])
         columns = resampling(left, w, flip, self.items.shape[3], view.size[1])
-        pixels = self.items[torch.from_numpy(index).to(device, non_blocking=True)].float().div_(255)
+        pixels = self.items[sent(index, device)].float().div_(255)
         return (rows[:, None] @ pixels @ columns[:, None].mT).clamp_(0, 1)
 
 
@@ -828,7 +830,8 @@ class Files(Images):
                 x, y = image.size[0] / width, image.size[1] / height
                 box = [round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)]
                 box[2:] = max(box[2], box[0] + 1), max(box[3], box[1] + 1)
-                return to_rgb(image.crop(box))
+                picture = eight_bits(image).crop(box).convert("RGB")
+                return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         except UNREADABLE as error:
             raise InputError(f"{self.path(i)}: cannot be read ({error})") from None
 
@@ -843,13 +846,14 @@ class Named(Files):
         return self.root[int(self.items[i])][0]
 
 
-def to_rgb(image: Image.Image) -> Tensor:
-    """Any kind of picture -> uint8 3 h w. 16-bit and float grey is scaled; Pillow alone would clip it to white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image, np.float32)
-        top = 65535 if image.mode.startswith("I;16") or grey.max() > 255 else 1 if grey.max() <= 1 else 255
-        image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+def eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit and float grey is scaled to 0..255, by the range of the whole picture; Pillow alone would clip it to
+    white. All other kinds stay as they are."""
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    grey = np.asarray(image, np.float32)
+    top = 65535 if image.mode.startswith("I;16") or grey.max() > 255 else 1 if grey.max() <= 1 else 255
+    return Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
 
 
 def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
@@ -1438,7 +1442,7 @@ def evaluate(model: nn.Module, images: Images, view: View, normalize: Callable, 
             dist.broadcast(buffer, 0)
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     for pixels, index in in_order(images, view, args, world):
-        labels = torch.from_numpy(images.labels[index]).to(world.device)
+        labels = sent(images.labels[index], world.device)
         with autocast(args):
             logits = model(normalize(pixels))
         logits = logits.float()
@@ -1453,5 +1457,8 @@ def evaluate(model: nn.Module, images: Images, view: View, normalize: Callable, 
 def print_result(result: dict[str, float], world: World) -> None:
     """The one line on stdout: what `evaluate` found."""
     if world.main:
-        print("  ".join(f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}"
-                        for name, value in result.items()))
+        try:
+            print("  ".join(f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}"
+                            for name, value in result.items()), flush=True)
+        except BrokenPipeError:  # it went to a program that has ended, such as head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

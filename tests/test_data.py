@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import vit
 from vit import (Batches, Decoder, Files, InputError, Packed, View, World, crop_boxes, in_order, open_folder, open_images, shapes,
-                 to_rgb, uniform)
+                 uniform)
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -167,8 +167,19 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     for view in (View((32, 32), scale=(0.2, 1.0)), View((32, 32), centre=0.875)):
         for i in range(len(images)):
             assert Decoder(images, view).look(i, uniform((1, View.NUMBERS), 0, 1, i)).shape == (3, 32, 32)
-    for name in ("I16.png", "F.tif"):
-        assert len(to_rgb(Image.open(tmp_path / name)).unique()) > 200
+
+
+@pytest.mark.parametrize("name, top", [("I16.png", 65535), ("I.tif", 65535), ("F.tif", 1), ("F255.tif", 255)])
+def test_deep_grey_is_scaled_and_a_crop_is_as_bright_as_its_place_in_the_picture(tmp_path, name, top):
+    grey = np.linspace(0, top, 5600).reshape(70, 80)
+    Image.fromarray(grey.astype(dict(I16=np.uint16, I=np.int32).get(name.split(".")[0], np.float32))).save(tmp_path / name)
+    images = open_folder(str(tmp_path), "train", False)
+
+    def part(*box):
+        return images.cut(0, argparse.Namespace(size=(32, 32), boxes=lambda *_: np.array([box])), np.zeros((1, View.NUMBERS)))
+    whole, dark = part(0, 0, 70, 80), part(0, 0, 10, 80)
+    assert len(whole.unique()) > 200 and dark.max() < 40
+    assert torch.equal(whole[:, :10], dark)
 
 
 def broken(folder: Path, name: str) -> None:
@@ -222,7 +233,7 @@ def test_small_pictures_are_decoded_once_and_larger_ones_stay_files(tmp_path, ca
         picture((32, 24), seed=i).save(tmp_path / f"{i:02d}.png")
     packed = open_images(arguments(data=str(tmp_path)), "train")
     assert isinstance(packed, Packed) and packed.side == 32
-    assert torch.equal(packed.items[3], to_rgb(picture((32, 24), seed=3)))
+    assert torch.equal(packed.items[3], torch.from_numpy(np.array(picture((32, 24), seed=3))).permute(2, 0, 1))
     (tmp_path / "03.png").write_bytes(b"broken")
     assert len(open_images(arguments(data=str(tmp_path)), "train")) == 9 and "03.png" in capsys.readouterr().err
     picture((65, 24)).save(tmp_path / "00.png")
