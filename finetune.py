@@ -2,7 +2,7 @@
 
     fine-tune   all weights are trained; block i, from 0, at lr * decay^(depth - i): low layers change the least
     linear      frozen encoder, y = W BatchNorm(features); W by LARS (MAE's main_linprobe.py)
-    knn         no training: the 20 nearest training pictures vote, each with weight exp(cosine / 0.07)
+    knn         no training: the 20 nearest training images vote, each with weight exp(cosine / 0.07)
 
 Fine-tuning recipes: MAE-Lite's for tiny and small (arXiv 2205.14443: the less regularisation, the better for a small
 network), MAE's for base, large and huge (arXiv 2111.06377, FINETUNE.md), transfer to small data sets (MAE-Lite),
@@ -14,7 +14,7 @@ Run    python finetune.py --init runs/mae-demo/encoder.pth                  afte
        python finetune.py --data /imagenet --init encoder.pth --protocol linear --batch-size 2048    or: knn
        python finetune.py --data /imagenet --init runs/finetune-imagenet/model.pth --eval
 Use    from finetune import LARS, knn_hits                              copy this file and vit.py
-Letters in shape comments: B images, C channels, D width, K classes, M training pictures
+Letters in shape comments: B images, C channels, D width, K classes, M training images
 """
 from argparse import Namespace
 from collections.abc import Callable
@@ -147,14 +147,14 @@ OPTIONS = {
         "cutmix": (float, NOT_NEGATIVE, "alpha of CutMix; 0: none"),
         "erasing": (float, SHARE, "probability of random erasing"),
         "randaugment": (float, (0, 10), "magnitude of timm's RandAugment, 0 to 10; 0: none"),
-        "crop_min": (float, SHARE, "smallest share of a picture's area in a random crop"),
+        "crop_min": (float, SHARE, "smallest share of an image's area in a random crop"),
         "centre": (float, (0.01, 1), "share of the shorter side that is seen in evaluation"),
     },
 }
 
 
 def choose_recipe(args: Namespace, images: Images, weights: tuple[dict, dict] | None) -> str:
-    """The recipe for the data, the protocol and, where the picture is large, the size of the network."""
+    """The recipe for the data, the protocol and, where the image is large, the size of the network."""
     name = recipe_for(args, images)
     if args.protocol == "linear":
         return name if name.endswith("-linear") else f"{name.split('-')[0].replace('transfer', 'imagenet')}-linear"
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         args.image_size = args.image_size or weights[1]["image_size"]
         args.mean, args.std = weights[1]["mean"], weights[1]["std"]
         if args.centre is None and max(np.atleast_1d(args.image_size)) > 224:
-            args.centre = 1.0  # as timm sees larger pictures whole
+            args.centre = 1.0  # as timm sees larger images whole
     val = open_images(args, "val", labels=True)
     if args.eval:
         apply_recipe(args, choose_recipe(args, val, weights), RECIPES)
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         if step % (steps * args.eval_every) == 0 and step < last:
             log.flush()
             if world.main:
-                save(step)  # an evaluation may take long, or meet a picture that cannot be read
+                save(step)  # an evaluation may take long, or meet an image that cannot be read
             log.write(dict(step=step, **evaluate(model, val, centre, normalize, args, world)))
     log.finish(save, step)  # a run stopped by a signal ends here
     result = evaluate(model, val, centre, normalize, args, world)
@@ -350,7 +350,7 @@ def load_classifier(args: Namespace, state: dict, config: dict, images: Images) 
 @torch.no_grad()
 def features_of(model: ViT, images: Images, view: View, normalize: Callable, args: Namespace,
                 world: World) -> tuple[Tensor, Tensor]:
-    """Features M D and labels M of this process's share of the pictures."""
+    """Features M D and labels M of this process's share of the images."""
     features = [torch.empty(0, model.width, device=world.device)]
     labels = [torch.empty(0, dtype=torch.int64, device=world.device)]  # a share may be empty
     for pixels, index in in_order(images, view, args, world):
@@ -362,7 +362,7 @@ def features_of(model: ViT, images: Images, view: View, normalize: Callable, arg
 
 def knn(model: ViT, images: Images, val: Images, view: View, normalize: Callable, args: Namespace,
         world: World) -> dict[str, float]:
-    """Accuracy in % on `val`, each picture counted once on any number of processes, with `images` as the bank."""
+    """Accuracy in % on `val`, each image counted once on any number of processes, with `images` as the bank."""
     model.to(world.device).eval()
     shares = features_of(model, images, view, normalize, args, world)
     bank, bank_labels = (gathered(share, len(images), world) for share in shares)
@@ -373,7 +373,7 @@ def knn(model: ViT, images: Images, val: Images, view: View, normalize: Callable
 
 
 def gathered(share: Tensor, total: int, world: World) -> Tensor:
-    """The rows of all processes, in the order of the pictures. Shares differ by at most one row; shorter ones are
+    """The rows of all processes, in the order of the images. Shares differ by at most one row; shorter ones are
     padded for the exchange."""
     if world.size == 1:
         return share
@@ -381,7 +381,7 @@ def gathered(share: Tensor, total: int, world: World) -> Tensor:
     padded = torch.cat([share, share.new_zeros(most - len(share), *share.shape[1:])])
     every = padded.new_empty(world.size * most, *padded.shape[1:])
     dist.all_gather_into_tensor(every, padded)
-    return every.unflatten(0, (world.size, most)).transpose(0, 1).flatten(0, 1)[:total]  # in the order of the pictures
+    return every.unflatten(0, (world.size, most)).transpose(0, 1).flatten(0, 1)[:total]  # in the order of the images
 
 
 if __name__ == "__main__":

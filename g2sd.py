@@ -226,7 +226,7 @@ OPTIONS = {
         "teacher": (str, None, "generic: last.pth of mae.py, or an official MAE file with decoder; specific: model.pth "
                                "of finetune.py, or an official fine-tuned file"),
         "teacher_heads": (int, COUNT, "heads of the teacher, where its file does not say"),
-        "crop_min": (float, SHARE, "smallest share of a picture's area in a random crop"),
+        "crop_min": (float, SHARE, "smallest share of an image's area in a random crop"),
     },
     "generic stage": {
         "decoder": (str, None, "WIDTHxBLOCKSxHEADS of the student's decoder; tiny has 128x4x4, small 256x4x8"),
@@ -515,7 +515,7 @@ def specific(args: Namespace, world: World) -> None:
         if step % (steps * args.eval_every) == 0 and step < last:
             log.flush()
             if world.main:
-                save(step)  # an evaluation may take long, or meet a picture that cannot be read
+                save(step)  # an evaluation may take long, or meet an image that cannot be read
             log.write(dict(step=step, **evaluate(model, val, centre, normalize, args, world)))
     log.finish(save, step)  # a run stopped by a signal ends here
     result = evaluate(model, val, centre, normalize, args, world)

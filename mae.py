@@ -267,7 +267,7 @@ OPTIONS = {
         "visible_weight": (float, NOT_NEGATIVE, "weight of the error on visible patches"),
         "decoder": (str, None, "WIDTHxBLOCKSxHEADS of the decoder; else by --model: tiny 96x1x3, small 192x1x6, base "
                                "and larger 512x8x16"),
-        "crop_min": (float, SHARE, "smallest share of a picture's area in a random crop"),
+        "crop_min": (float, SHARE, "smallest share of an image's area in a random crop"),
     },
     "distillation (D-MAE)": {
         "teacher": (str, None, "file of a pre-trained MAE encoder: ours or an official one"),
@@ -399,9 +399,9 @@ def teacher_scores(model: DistilledMAE, teacher: ViT, pixels: Tensor, noise: Ten
 
 def save_reconstructions(model: MaskedAutoencoder, images: Images, normalize: Callable, args: Namespace, world: World,
                          path: Path) -> dict[str, float]:
-    """Writes rows of picture | masked | reconstruction | the same with the visible patches, and measures the squared
-    error on the hidden pixels (0..1) of 64 pictures. The baseline paints what a network gets for free: with norm_pix
-    the true mean of each hidden patch, else the mean of the picture's visible patches."""
+    """Writes rows of image | masked | reconstruction | the same with the visible patches, and measures the squared
+    error on the hidden pixels (0..1) of 64 images. The baseline paints what a network gets for free: with norm_pix
+    the true mean of each hidden patch, else the mean of the image's visible patches."""
     alone, size, p = World(0, 1, world.device), model.encoder.image_size, model.encoder.patch_size
     some = images.subset(np.linspace(0, len(images) - 1, 64).astype(int))
     pixels = torch.cat([pixels for pixels, _ in in_order(some, View(size), args, alone, strict=False)])       # B C h w

@@ -170,7 +170,7 @@ def draw_colours(numbers: np.ndarray, view: int, blur: float) -> Colours:
 
 def recolour(images: Tensor, colours: Colours) -> Tensor:
     """B 3 h w in 0..1, changed in place. As torchvision's ColorJitter, RandomGrayscale and solarize, and as a Gaussian
-    blur, picture by picture; but no rounding to 255 levels in between."""
+    blur, image by image; but no rounding to 255 levels in between."""
     def change(rows: np.ndarray, how: Callable[..., Tensor], *values: np.ndarray) -> None:
         if rows.any():
             index = sent(rows.nonzero()[0], images.device)
@@ -260,7 +260,7 @@ OPTIONS = {
         "hidden": (int, COUNT, "hidden width of projector and predictor"),
         "projection": (int, COUNT, "width of queries and keys"),
         "freeze_patch": (bool, None, "leave the patch projection as it was drawn"),
-        "crop_min": (float, (0.001, 1), "smallest share of a picture's area in a random crop"),
+        "crop_min": (float, (0.001, 1), "smallest share of an image's area in a random crop"),
         "blur": (float, (0, 2), "largest deviation of the Gaussian blur in pixels, up to 2; 0: no blur"),
     },
 }

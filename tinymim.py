@@ -6,7 +6,7 @@ Ren et al., arXiv 2301.01296 (CVPR 2023); the default is the recipe that the aut
     student  sees the same crop with colour jitter; q, k, v are those of its last block, which has as many heads
     R_qk = softmax(q k^T / sqrt(d)),  R_vv = softmax(v v^T / sqrt(d))     in these blocks, for every head
     loss = KL(teacher's R_qk || student's) + KL(teacher's R_vv || student's)
-           mean over pictures, heads and query tokens
+           mean over images, heads and query tokens
 
 No mask, no decoder, no projection. A distilled student can be the next teacher, L -> B -> S -> T: its file records
 the number of heads of its last block. The paper's other targets and inputs are options (--target, --mask-ratio, ...).
@@ -140,7 +140,7 @@ class TinyMIMStudy(TinyMIM):
 
     Ours, as the paper does not say: the error without softmax; how a class token becomes a distribution; that all
     tokens count in features; that several targets are added; that student and teacher miss the same patches; the
-    weight of the reconstruction and that it paints the jittered picture; that `output` is taken after the final norm.
+    weight of the reconstruction and that it paints the jittered image; that `output` is taken after the final norm.
     Linear layers and decoder are discarded.
     """
 
@@ -265,7 +265,7 @@ RECIPES = {
         positions="learned", crop_min=0.6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         epochs=300, warmup_epochs=15, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
     # Ours: minutes on two CPU cores. The student and its number of steps are those of mae.py's demo, with half the
-    # pictures a step, as it sees four times as many of their patches.
+    # images a step, as it sees four times as many of their patches.
     "demo": dict(
         DEFAULTS, model="demo", image_size=32, patch_size=4, crop_min=0.6,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
@@ -293,7 +293,7 @@ OPTIONS = {
         "teacher_block": (int, COUNT, "block of the teacher that is imitated, from 1; else 18 of 24, or the last"),
         "jitter": (float, SHARE, "strength of the student's colour jitter, 0 to 1"),
         "drop_path": (float, SHARE, "rate of stochastic depth in all blocks of the student but the last"),
-        "crop_min": (float, SHARE, "smallest share of a picture's area in a random crop"),
+        "crop_min": (float, SHARE, "smallest share of an image's area in a random crop"),
     },
     "study (sec. 3.1 of the paper)": {
         "target": (str, None, f"what is compared, joined by +: {', '.join(TARGETS)}"),

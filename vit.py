@@ -27,7 +27,7 @@ from torchvision.ops import stochastic_depth
 # Tiny and small have 12 heads as in MAE-Lite (arXiv 2205.14443) and MoCo v3; DeiT has 3 and 6. The number of heads
 # changes neither parameters nor cost, so it cannot be read from a file of weights and must be given.
 SIZES = {
-    "demo": dict(width=64, depth=4, heads=4, mlp_ratio=2.0),  # for 32 x 32 pictures on a laptop
+    "demo": dict(width=64, depth=4, heads=4, mlp_ratio=2.0),  # for 32 x 32 images on a laptop
     "tiny": dict(width=192, depth=12, heads=12),
     "small": dict(width=384, depth=12, heads=12),
     "base": dict(width=768, depth=12, heads=12),
@@ -318,7 +318,7 @@ def read_encoder(path: str, heads: int | None = None, flag: str = "--heads") -> 
 
 
 def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
-    """The config of an encoder of which only the weights are known, its picture taken to be square."""
+    """The config of an encoder of which only the weights are known, its image taken to be square."""
     try:
         width, channels, patch_size = state["patch_embed.proj.weight"].shape[:3]
         side = math.isqrt(state["pos_embed"].shape[1] - 1)
@@ -380,7 +380,7 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
 # of which every process takes its rows: a resumed run repeats an uninterrupted one, and 1 or 8 processes train alike.
 #
 # A script calls, in this order: parse_args, start_processes, open_images, apply_recipe, open_run, wrap,
-# load_checkpoint, Batches, Log; then in every step set_lr, next(loader), autocast, log.step. To follow a picture:
+# load_checkpoint, Batches, Log; then in every step set_lr, next(loader), autocast, log.step. To follow an image:
 # open_images, requests, views_of. Only finetune.py and g2sd.py need the last section, on labels.
 # Part 1 stands alone, so this part brings its own imports.
 import argparse
@@ -463,10 +463,10 @@ def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], opt
     run = parser.add_argument_group("data and run")
     run.add_argument("--data", default="shapes", help="folder of images (train/ and val/ inside; class folders in "
                      "them where labels are needed), a name of torchvision ("
-                     + ", ".join(TORCHVISION) + "), or shapes: generated pictures [%(default)s]")
+                     + ", ".join(TORCHVISION) + "), or shapes: generated images [%(default)s]")
     run.add_argument("--data-root", default="data", help="where torchvision keeps its data sets [%(default)s]")
     run.add_argument("--download", action="store_true", help="let torchvision download the data set")
-    run.add_argument("--recipe", choices=recipes, help="table of defaults [cifar for CIFAR and pictures up to "
+    run.add_argument("--recipe", choices=recipes, help="table of defaults [cifar for CIFAR and images up to "
                      "64 pixels, demo for shapes, else imagenet]")
     run.add_argument("--out", help="folder for checkpoints and log [runs/<script>-<recipe>, numbered]")
     run.add_argument("--resume", nargs="?", const="", metavar="PATH", help="continue the run in --out, or that in PATH "
@@ -491,7 +491,7 @@ def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], opt
 
 
 def recipe_for(args: Namespace, images: "Images") -> str:
-    """--recipe, or what fits the data: demo for the shapes, cifar for pictures up to 64 pixels, else imagenet."""
+    """--recipe, or what fits the data: demo for the shapes, cifar for images up to 64 pixels, else imagenet."""
     if args.recipe or args.data == "shapes":
         return args.recipe or "demo"
     return "cifar" if images.side is not None and images.side <= 64 else "imagenet"
@@ -594,7 +594,8 @@ def wrap(model: nn.Module, args: Namespace, world: World) -> nn.Module:
     model.to(world.device)
     wrapped = torch.compile(model) if args.compile else model
     if dist.is_initialized():
-        wrapped = nn.parallel.DistributedDataParallel(wrapped, [world.device] if args.device == "cuda" else None)
+        devices = [world.device] if world.device.type == "cuda" else None
+        wrapped = nn.parallel.DistributedDataParallel(wrapped, devices)
     return wrapped
 
 
@@ -710,10 +711,10 @@ class View:
     """How the images of a batch are cropped and augmented.
 
     size         (height, width) of what the network gets, in pixels
-    scale        smallest and largest share of a picture's area that a random crop takes; None: the centre
-    centre       without `scale`: the share of the picture's shorter side that is seen (timm's crop_pct)
+    scale        smallest and largest share of an image's area that a random crop takes; None: the centre
+    centre       without `scale`: the share of the image's shorter side that is seen (timm's crop_pct)
     randaugment  magnitude of timm's RandAugment, 0..10; 0: none
-    count        random views of every picture (MoCo v3: 2); all first views come before all second ones
+    count        random views of every image (MoCo v3: 2); all first views come before all second ones
     """
     size: tuple[int, int]
     scale: tuple[float, float] | None = None
@@ -721,7 +722,7 @@ class View:
     randaugment: float = 0.0
     count: int = 1
 
-    NUMBERS = 23 + 8  # of chance for one picture: 10 tries x (area, ratio), place, flip; RandAugment: 2 operations x 4
+    NUMBERS = 23 + 8  # of chance for one image: 10 tries x (area, ratio), place, flip; RandAugment: 2 operations x 4
 
     def boxes(self, numbers: np.ndarray, height: int, width: int) -> np.ndarray:
         """Where to look: numbers B x NUMBERS -> B x (top, left, height, width) in pixels."""
@@ -737,7 +738,7 @@ class View:
 
 def crop_boxes(numbers: np.ndarray, height: int, width: int, scale: tuple[float, float]) -> np.ndarray:
     """Boxes as torchvision's RandomResizedCrop draws them (ratio 3/4 to 4/3): the first of ten tries that fits into
-    the picture, else its centre. numbers B x NUMBERS -> B x (top, left, height, width)."""
+    the image, else its centre. numbers B x NUMBERS -> B x (top, left, height, width)."""
     area = height * width * (scale[0] + (scale[1] - scale[0]) * numbers[:, 0:10])
     ratio = np.exp(math.log(3 / 4) + math.log(16 / 9) * numbers[:, 10:20])
     tries = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)]).round()            # 2 B 10: heights, widths
@@ -752,12 +753,12 @@ def crop_boxes(numbers: np.ndarray, height: int, width: int, scale: tuple[float,
 
 @dataclass
 class Images:
-    """Pictures: what is kept of each, M; labels M int64 and the names of their classes, or None for these."""
+    """Images: what is kept of each, M; labels M int64 and the names of their classes, or None for these."""
     items: Tensor | np.ndarray
     labels: np.ndarray | None
     classes: list[str] | None
 
-    side = None  # longer side of a picture in pixels, where all have the same size
+    side = None  # longer side of an image in pixels, where all have the same size
 
     def __len__(self) -> int:
         return len(self.items)
@@ -766,12 +767,12 @@ class Images:
         return replace(self, items=self.items[index], labels=None if self.labels is None else self.labels[index])
 
     def cut(self, i: int, view: View, numbers: np.ndarray) -> Tensor:
-        """The part of picture i that `view` chooses by numbers 1 NUMBERS, uint8 C h w, not resized yet."""
+        """The part of image i that `view` chooses by numbers 1 NUMBERS, uint8 C h w, not resized yet."""
         raise NotImplementedError
 
 
 class Packed(Images):
-    """Pictures of one size; items: uint8 M C h w, on the device where they are augmented in batches."""
+    """Images of one size; items: uint8 M C h w, on the device where they are augmented in batches."""
 
     @property
     def side(self) -> int:
@@ -782,7 +783,7 @@ class Packed(Images):
         return self.items[i, :, top:top + h, left:left + w]
 
     def look(self, index: np.ndarray, numbers: np.ndarray, view: View) -> Tensor:
-        """A batch of views, float B C h w in 0..1: each picture cropped, flipped and resized by two matrix products."""
+        """A batch of views, float B C h w in 0..1: each image cropped, flipped and resized by two matrix products."""
         device = self.items.device
         boxes = np.column_stack([view.boxes(numbers, *self.items.shape[2:]).round(), view.flips(numbers)])
         top, left, h, w, flip = sent(boxes.astype(np.float32), device).T
@@ -793,7 +794,7 @@ class Packed(Images):
 
 
 def resampling(start: Tensor, length: Tensor, flip: Tensor, old: int, new: int) -> Tensor:
-    """Weights of a picture's `old` pixels in each of `new` along one axis, B new old: what lies from `start` over
+    """Weights of an image's `old` pixels in each of `new` along one axis, B new old: what lies from `start` over
     `length`, B each, is resized as Pillow resizes a crop (bicubic, antialiased), and mirrored where `flip` is 1."""
     pixel = torch.arange(old, device=start.device) + 0.5
     place = (torch.arange(new, device=start.device) + 0.5) / new                        # 0..1 in the crop
@@ -809,18 +810,18 @@ def resampling(start: Tensor, length: Tensor, flip: Tensor, old: int, new: int) 
 
 @dataclass
 class Files(Images):
-    """Pictures in files; items: their names below `root`, one array of bytes, which worker processes share."""
+    """Images in files; items: their names below `root`, one array of bytes, which worker processes share."""
     root: str
 
     def path(self, i: int) -> str:
         return os.path.join(self.root, os.fsdecode(bytes(self.items[i])))
 
     def open(self, i: int) -> Image.Image:
-        """Picture i, not yet decoded."""
+        """Image i, not yet decoded."""
         return Image.open(self.path(i))
 
     def cut(self, i, view, numbers):
-        """Raises InputError, with its path, if the picture cannot be read."""
+        """Raises InputError, with its path, if the image cannot be read."""
         try:
             with self.open(i) as image:
                 width, height = image.size
@@ -837,17 +838,17 @@ class Files(Images):
 
 
 class Named(Files):
-    """Pictures of a data set of torchvision, in place of `root`; items: their numbers there."""
+    """Images of a data set of torchvision, in place of `root`; items: their numbers there."""
 
     def path(self, i: int) -> str:
-        return f"picture {self.items[i]} of {type(self.root).__name__}"
+        return f"image {self.items[i]} of {type(self.root).__name__}"
 
     def open(self, i: int) -> Image.Image:
         return self.root[int(self.items[i])][0]
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit and float grey is scaled to 0..255, by the range of the whole picture; Pillow alone would clip it to
+    """16-bit and float grey is scaled to 0..255, by the range of the whole image; Pillow alone would clip it to
     white. All other kinds stay as they are."""
     if not image.mode.startswith("I") and image.mode != "F":
         return image
@@ -862,8 +863,8 @@ def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def open_images(args: Namespace, split: str = "train", labels: bool = False) -> Images:
-    """The pictures that --data names. split: "train" or "val"; labels: whether classes are needed.
-    Small pictures (all sides up to 64 pixels) are decoded once, here. Raises InputError if there are none."""
+    """The images that --data names. split: "train" or "val"; labels: whether classes are needed.
+    Small images (all sides up to 64 pixels) are decoded once, here. Raises InputError if there are none."""
     if args.data == "shapes":
         images = shapes(20000, seed=0) if split == "train" else shapes(2000, seed=1)
     elif args.data in TORCHVISION:
@@ -876,7 +877,7 @@ def open_images(args: Namespace, split: str = "train", labels: bool = False) -> 
 
 
 def open_folder(data: str, split: str, labels: bool) -> Files:
-    """Pictures below data/split (or, for unlabelled training, anywhere below data), in sorted order.
+    """Images below data/split (or, for unlabelled training, anywhere below data), in sorted order.
     Classes are the folders of data/train, whatever the split; hidden files and folders are passed over."""
     if not os.path.isdir(data):
         raise InputError(f"--data {data}: no such folder, and none of {', '.join(TORCHVISION)}, shapes")
@@ -909,7 +910,7 @@ def class_folders(folder: str) -> list[str]:
 
 
 def find_images(folder: bytes) -> Iterator[bytes]:
-    """Names of the pictures below a folder, in sorted order."""
+    """Names of the images below a folder, in sorted order."""
     suffixes = tuple(suffix.encode() for suffix in SUFFIXES)
     try:
         with os.scandir(folder) as entries:
@@ -924,7 +925,7 @@ def find_images(folder: bytes) -> Iterator[bytes]:
 
 
 def pack_if_small(files: Files, strict: bool, most_bytes: int = 2**31) -> Images:
-    """Decodes a folder of small pictures into one array: their files would cost more than the training."""
+    """Decodes a folder of small images into one array: their files would cost more than the training."""
     sizes = set()
     for i in np.linspace(0, len(files) - 1, min(len(files), 64)).astype(int):
         with suppress(*UNREADABLE), files.open(i) as image:
@@ -934,7 +935,7 @@ def pack_if_small(files: Files, strict: bool, most_bytes: int = 2**31) -> Images
         return files
     pixels, good = torch.empty(len(files), 3, height, width, dtype=torch.uint8), []
     whole, numbers = View((height, width)), np.zeros((1, View.NUMBERS), np.float32)
-    for i in tqdm(range(len(files)), desc="decoding small pictures", disable=not sys.stderr.isatty(), leave=False):
+    for i in tqdm(range(len(files)), desc="decoding small images", disable=not sys.stderr.isatty(), leave=False):
         try:
             picture = files.cut(i, whole, numbers)
             if picture.shape[1:] != whole.size:
@@ -975,7 +976,7 @@ def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
 
 def shapes(count: int, seed: int, side: int = 32) -> Packed:
     """Ten classes, {disc, triangle, square, star, cross} x {filled, outlined}, of random colour, place, angle and size
-    on a colour ramp with 1 % noise. The same pictures for the same seed."""
+    on a colour ramp with 1 % noise. The same images for the same seed."""
     rng = np.random.default_rng([2205, seed])
     labels = rng.integers(10, size=count)
     pixels = np.empty((count, 3, side, side), np.uint8)
@@ -1009,12 +1010,12 @@ def shapes(count: int, seed: int, side: int = 32) -> Packed:
     return Packed(torch.from_numpy(pixels), labels, names)
 
 
-# ---- from pictures to batches
+# ---- from images to batches
 
 @dataclass
 class Decoder(Dataset):
-    """What worker processes do: a request (numbers of pictures B, numbers of chance B NUMBERS) -> their views as bytes
-    B C h w, the pictures that are in them, complaints. A picture that cannot be read is replaced by the next one."""
+    """What worker processes do: a request (numbers of images B, numbers of chance B NUMBERS) -> their views as bytes
+    B C h w, the images that are in them, complaints. An image that cannot be read is replaced by the next one."""
     images: Images
     view: View
 
@@ -1045,9 +1046,9 @@ class Decoder(Dataset):
 
 def views_of(images: Images, view: View, requests: Iterator, args: Namespace, world: World,
              strict: bool = False) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """For every request (float B C h w in 0..1 on the device, numbers of the pictures). Pictures in one array are cut
+    """For every request (float B C h w in 0..1 on the device, numbers of the images). Images in one array are cut
     on the device; files, and whatever needs RandAugment, come as bytes from worker processes. Raises InputError if
-    pictures cannot be read: with `strict` (evaluation) any, else more than 1 %, but at least 50."""
+    images cannot be read: with `strict` (evaluation) any, else more than 1 %, but at least 50."""
     if isinstance(images, Packed):
         images.items = images.items.to("cpu" if view.randaugment else world.device)
         if not view.randaugment:
@@ -1064,7 +1065,7 @@ def views_of(images: Images, view: View, requests: Iterator, args: Namespace, wo
                 say(f"warning: {complaint}")
             bad, seen = bad | set(complaints), seen + len(index)
             if len(bad) > max(50, 0.01 * seen):
-                raise InputError(f"{len(bad)} of {seen} pictures cannot be read")
+                raise InputError(f"{len(bad)} of {seen} images cannot be read")
             yield pixels.to(world.device, non_blocking=True).float().div_(255), np.asarray(index)
     except (RuntimeError, ConnectionError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
@@ -1081,7 +1082,7 @@ def leave_signals_alone(worker: int) -> None:
 
 
 def requests(count: int, view: View, args: Namespace, world: World, first: int, last: int) -> Iterator[tuple]:
-    """What this process looks at from step `first` to `last`, part by part: (numbers of pictures, numbers of chance).
+    """What this process looks at from step `first` to `last`, part by part: (numbers of images, numbers of chance).
     Order and chance are drawn for the whole batch from (seed, epoch) and (seed, step), and cut to this process's rows:
     neither resuming nor the number of processes or workers changes them."""
     parts, batch, steps = parts_of_batch(args, world), args.batch_size, count // args.batch_size
@@ -1098,7 +1099,7 @@ def requests(count: int, view: View, args: Namespace, world: World, first: int, 
 
 class Batches:
     """Iterator over the parts of all batches from step `first` to `last`: (float B C h w in 0..1, numbers of the
-    pictures). `waited` is the time in seconds that training has spent on waiting for them."""
+    images). `waited` is the time in seconds that training has spent on waiting for them."""
 
     def __init__(self, images: Images, view: View, args: Namespace, world: World, first: int, last: int):
         if len(images) < args.batch_size:
@@ -1108,7 +1109,7 @@ class Batches:
             seen = [None] * world.size
             dist.all_gather_object(seen, (first, len(images)))
             if len(set(seen)) > 1:
-                raise InputError("the processes see different checkpoints or pictures: --out and --data must be the "
+                raise InputError("the processes see different checkpoints or images: --out and --data must be the "
                                  "same on all machines")
         self.first, self.last, self.steps_per_epoch = first, last, len(images) // args.batch_size
         self.waited = 0.0
@@ -1126,8 +1127,8 @@ class Batches:
 
 def in_order(images: Images, view: View, args: Namespace, world: World,
              strict: bool = True) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Every picture once, divided among the processes without padding: in parts as `Batches` gives them.
-    strict: a picture that cannot be read is an InputError, not replaced by the next."""
+    """Every image once, divided among the processes without padding: in parts as `Batches` gives them.
+    strict: an image that cannot be read is an InputError, not replaced by the next."""
     mine = np.arange(world.rank, len(images), world.size)
     requests = ((index, np.zeros((len(index), View.NUMBERS), np.float32))
                 for index in (mine[i:i + args.micro_batch] for i in range(0, len(mine), args.micro_batch)))
@@ -1143,7 +1144,7 @@ def normalizer(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
 # ---- checkpoints out
 
 # What may differ between a run and its continuation: nothing that changes what is learned. Another --data means the
-# same pictures elsewhere; their number is compared.
+# same images elsewhere; their number is compared.
 FREE_ON_RESUME = ("data", "data_root", "download", "out", "resume", "workers", "device", "micro_batch", "compile",
                   "save_minutes", "log_every")
 
@@ -1423,9 +1424,9 @@ def mixing(mixup: float, cutmix: float, classes: int) -> v2.Transform | None:
 
 
 def balanced(images: Images, count: int, seed: int) -> Images:
-    """`count` pictures drawn by chance, as many of each class as there can be. Raises InputError if there are fewer."""
+    """`count` images drawn by chance, as many of each class as there can be. Raises InputError if there are fewer."""
     if count > len(images):
-        raise InputError(f"--labels {count}: there are {len(images)} labelled pictures")
+        raise InputError(f"--labels {count}: there are {len(images)} labelled images")
     order = chance(seed, LABELS, 0).permutation(len(images))
     by_class = [order[images.labels[order] == label] for label in range(len(images.classes))]
     in_turn = [i for one_of_each in zip_longest(*by_class) for i in one_of_each if i is not None]
@@ -1435,7 +1436,7 @@ def balanced(images: Images, count: int, seed: int) -> Images:
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Images, view: View, normalize: Callable, args: Namespace,
              world: World) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in % and mean cross-entropy; each picture counts once on any number of processes."""
+    """Top-1 and top-5 accuracy in % and mean cross-entropy; each image counts once on any number of processes."""
     model.eval()
     if dist.is_initialized():  # BatchNorm's statistics are those of each process's share: judge the ones that are saved
         for buffer in model.buffers():
