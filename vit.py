@@ -435,6 +435,7 @@ COMMON_OPTIONS = {
     },
 }
 
+
 def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], options: dict[str, dict]) -> Namespace:
     """The command line of a script: its own `options`, in the form of COMMON_OPTIONS, the common ones, the run's.
 
