@@ -525,7 +525,6 @@ def test_copied_alone_with_vit_it_works(folder, tmp_path):
     assert (tmp_path / "out/encoder.pth").exists()
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(folder):
     run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command_for(folder, folder / "two-processes")], ROOT)
     one, two = records(folder / "generic"), records(folder / "two-processes")

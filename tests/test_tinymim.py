@@ -489,7 +489,6 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(place, monkeypatch):
     assert losses(place / "whole") == losses(place / "parts")
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(place, monkeypatch):
     for extra, name in (("", "plain"), (" --mask-ratio 0.5 --mim-weight 1 --target qk+block", "study")):
         here(place, monkeypatch, f"--drop-path 0 --out {name}1{extra}")
