@@ -206,13 +206,13 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 def hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue of HSV by `shift` turns; its value (the largest channel) and chroma (largest - smallest) stay."""
     r, g, b = x.split(1, dim=1)
-    # The angle without a case for each order of the channels, as where() costs more than all the rest: they are sorted,
-    # and what the order adds to the angle between the largest two is kept in `turns`.
+    # The angle is |turns + (middle - low) / (6 chroma)|, with turns 0 for r >= g >= b, -1 for r >= b > g, -1/3 where g is
+    # the largest and 2/3 where b is. By arithmetic, as where() would cost more than all the rest.
     high, low = torch.maximum(g, b), torch.minimum(g, b)
     top, middle = torch.maximum(r, high), torch.minimum(r, high)
     chroma = top - torch.minimum(middle, low)
-    blue, not_red = (b > g).to(x.dtype), (high > r).to(x.dtype)
-    turns = not_red * (2 * blue - 1 / 3) - blue
+    b_over_g, red_below = (b > g).to(x.dtype), (high > r).to(x.dtype)                         # B 1 h w, 0 or 1
+    turns = red_below * (2 * b_over_g - 1 / 3) - b_over_g
     angle = (turns + (middle - low) / (6 * chroma).clamp_(min=1e-8)).abs_() + shift
     k = angle + 1 + (5 - 2 * torch.arange(3, device=x.device)).view(3, 1, 1) / 6              # B 3 h w
     k = k.frac_().mul_(6)  # a channel is lowest for a third of the circle, k from 1 to 3, and highest at 4 to 6

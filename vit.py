@@ -730,7 +730,7 @@ class View:
         if self.scale is not None:
             return crop_boxes(numbers, height, width, self.scale)
         aspect = self.size[0] / self.size[1]
-        h, w = self.centre * min(height, width * aspect), self.centre * min(width, height / aspect)
+        h, w = (max(1.0, self.centre * side) for side in (min(height, width * aspect), min(width, height / aspect)))
         return np.tile([(height - h) / 2, (width - w) / 2, h, w], (len(numbers), 1))
 
     def flips(self, numbers: np.ndarray) -> np.ndarray:

@@ -120,6 +120,14 @@ def test_the_packed_view_is_the_crop_of_every_picture(size, scale):
         torch.testing.assert_close(ours[i], expected.flip(2) if flips[i] else expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("shape, view", [((32, 32), View((8, 8), centre=0.01)), ((20, 1), View((16, 64))), ((1, 60), View((64, 8)))])
+def test_a_view_of_less_than_a_pixel_is_one_pixel(shape, view):
+    images = Packed(torch.full((2, 3, *shape), 51, dtype=torch.uint8), None, None)
+    seen = images.look(np.arange(2), np.zeros((2, View.NUMBERS), np.float32), view)
+    torch.testing.assert_close(seen, torch.full((2, 3, *view.size), 0.2))
+    assert min(images.cut(0, view, np.zeros((1, View.NUMBERS))).shape) >= 1
+
+
 def test_the_centre_view_of_a_packed_picture_of_its_own_size_is_the_picture():
     images = shapes(4, seed=0)
     ours = images.look(np.arange(4), np.zeros((4, View.NUMBERS), np.float32), View((32, 32)))
