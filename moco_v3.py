@@ -206,8 +206,8 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 def hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue of HSV by `shift` turns; its value (the largest channel) and chroma (largest - smallest) stay."""
     r, g, b = x.split(1, dim=1)
-    # The angle is |turns + (middle - low) / (6 chroma)|, with turns 0 for r >= g >= b, -1 for r >= b > g, -1/3 where g is
-    # the largest and 2/3 where b is. By arithmetic, as where() would cost more than all the rest.
+    # The angle is |turns + (middle - low) / (6 chroma)|, with turns 0 for r >= g >= b, -1 for r >= b > g, -1/3 where g
+    # is the largest and 2/3 where b is. By arithmetic, as where() would cost more than all the rest.
     high, low = torch.maximum(g, b), torch.minimum(g, b)
     top, middle = torch.maximum(r, high), torch.minimum(r, high)
     chroma = top - torch.minimum(middle, low)
