@@ -20,8 +20,9 @@ Use    from mae import MaskedAutoencoder                      copy this file and
 Letters in shape comments: B images, C channels, h and w height and width in pixels, p patch side, N patches,
        n kept patches, L = 1 + n tokens, D encoder width, E decoder width, H heads, d = D / H
 """
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from vit import (COUNT, IMAGENET_MEAN, IMAGENET_STD, MASKS, NOT_NEGATIVE, SHARE, Batches, Block, Images,
-                 InputError, Log, View, ViT, World, apply_recipe, autocast, cosine, decoder_sizes, drawn,
-                 encoder_options, gradients_shared, in_order, init_linear, launch, layer_norm, load_checkpoint,
-                 load_encoder, normalizer, open_images, open_run, param_groups, parse_args, parts_of_batch,
-                 position_table, read_encoder, recipe_for, relation, save_checkpoint, say, sent, set_lr,
-                 start_processes, take, uniform, vit_options, wrap, write_file)
+from vit import (IMAGENET_MEAN, IMAGENET_STD, Block, InputError, ViT, encoder_options, init_linear, layer_norm,
+                 load_encoder, param_groups, position_table, read_encoder, relation, take)
 
 # -------------------------------------------------------------------- the method
 
@@ -54,13 +51,13 @@ class MaskedViT(nn.Module):
         if not 0 < self.kept < patches:
             raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {patches} patches to see; give a value "
                              "between 0 and 1")
-        kind = encoder.config
+        config = encoder.config
         self.encoder = encoder
         self.decoder_embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-        self.decoder_pos_embed = nn.Parameter(position_table(kind["positions"], width, encoder.grid),
-                                              kind["positions"] == "learned")
-        self.decoder_blocks = nn.ModuleList(Block(width, heads, kind["mlp_ratio"], kind["act"], kind["qkv_bias"])
+        self.decoder_pos_embed = nn.Parameter(position_table(config["positions"], width, encoder.grid),
+                                              config["positions"] == "learned")
+        self.decoder_blocks = nn.ModuleList(Block(width, heads, config["mlp_ratio"], config["act"], config["qkv_bias"])
                                             for _ in range(depth))
         self.decoder_embed.apply(init_linear)
         self.decoder_blocks.apply(init_linear)
@@ -158,21 +155,27 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
+# -------------------------------------------------------------------- with a teacher
+
+
 class DistilledMAE(MaskedAutoencoder):
     """D-MAE: in addition to reconstructing, the student matches the raw attention scores of a teacher that sees the
     same patches in the same order, class token included. A bias-free linear layer across the heads (`adapters`, as
     1 x 1 convolutions) maps the student's heads to the teacher's; it is trained jointly and then discarded.
 
     loss = reconstruction + weight * sum over `layers` of mean (adapter(S_student) - S_teacher)^2,   S = q k^T / sqrt(d)
-    layers   numbers of the compared blocks, counted from 1
+    layers          numbers of the compared blocks, counted from 1
+    teacher_heads   how many heads the teacher has in each of them
     """
 
-    def __init__(self, *arguments, teacher_heads: list[int], layers: list[int], weight: float = 1.0, **options):
-        super().__init__(*arguments, **options)
-        if not all(1 <= layer <= self.encoder.depth for layer in layers):
-            raise InputError(f"layers {layers}: the student has blocks 1 to {self.encoder.depth}")
+    def __init__(self, encoder: ViT, decoder: tuple[int, int, int] = (96, 1, 3), mask_ratio: float = 0.75,
+                 norm_pix: bool = True, visible_weight: float = 0.0, *, teacher_heads: list[int], layers: list[int],
+                 weight: float = 1.0):
+        super().__init__(encoder, decoder, mask_ratio, norm_pix, visible_weight)
+        if not all(1 <= layer <= encoder.depth for layer in layers):
+            raise InputError(f"layers {layers}: the student has blocks 1 to {encoder.depth}")
         self.layers, self.weight = layers, weight
-        self.adapters = nn.ModuleList(nn.Conv2d(self.encoder.blocks[layer - 1].attn.heads, heads, 1, bias=False)
+        self.adapters = nn.ModuleList(nn.Conv2d(encoder.blocks[layer - 1].attn.heads, heads, 1, bias=False)
                                       for layer, heads in zip(layers, teacher_heads, strict=True))
 
     def forward(self, images: Tensor, noise: Tensor, teacher_scores: list[Tensor]) -> dict[str, Tensor]:
@@ -188,9 +191,7 @@ class DistilledMAE(MaskedAutoencoder):
     def observe(self, images: Tensor, keep: Tensor) -> tuple[list[Tensor], Tensor]:
         """Raw scores B H L L, one for each that the teacher gives, and what the decoder reads, B L D."""
         scores, x = attention_scores(self.encoder, images, keep, self.layers)
-        for block in self.encoder.blocks[max(self.layers) - 1:]:  # x has not passed the last compared block yet
-            x = block(x)
-        return scores, self.encoder.norm(x)
+        return scores, self.encoder.norm(self.encoder.through(x, first=max(self.layers)))
 
 
 class DecoupledMAE(DistilledMAE):
@@ -198,25 +199,26 @@ class DecoupledMAE(DistilledMAE):
     the blocks above it learn from the teacher alone. One extra block follows, of which only the queries and
     keys exist; they are compared with the teacher's last, and the block is discarded like the decoder."""
 
-    def __init__(self, *arguments, decode_from: int, **options):
-        super().__init__(*arguments, **options)
-        if not 1 <= decode_from < self.encoder.depth:
-            raise InputError(f"decode_from {decode_from}: expected a block from 1 to {self.encoder.depth - 1}, as the "
+    def __init__(self, encoder: ViT, decoder: tuple[int, int, int] = (96, 1, 3), mask_ratio: float = 0.75,
+                 norm_pix: bool = True, visible_weight: float = 0.0, *, teacher_heads: list[int], layers: list[int],
+                 weight: float = 1.0, decode_from: int):
+        super().__init__(encoder, decoder, mask_ratio, norm_pix, visible_weight, teacher_heads=teacher_heads,
+                         layers=layers, weight=weight)
+        if not 1 <= decode_from < encoder.depth:
+            raise InputError(f"decode_from {decode_from}: expected a block from 1 to {encoder.depth - 1}, as the "
                              "blocks above it are the teacher's")
         self.decode_from = decode_from
-        heads, kind = self.encoder.blocks[-1].attn.heads, self.encoder.config
-        self.extra = Block(self.encoder.width, heads, qkv_bias=kind["qkv_bias"]).apply(init_linear)
+        self.extra = Block(encoder.width, encoder.blocks[-1].attn.heads, qkv_bias=encoder.config["qkv_bias"])
+        self.extra.apply(init_linear)
         del self.extra.attn.proj, self.extra.norm2, self.extra.mlp
 
-    def observe(self, images, keep):
-        x = self.encoder.embed(images, keep)
-        for number, block in enumerate(self.encoder.blocks, start=1):
-            x = block(x)
-            if number == self.decode_from:
-                z = self.encoder.norm(x)
-        return [relation(*self.extra.qkv(x)[:2])], z
+    def observe(self, images: Tensor, keep: Tensor) -> tuple[list[Tensor], Tensor]:
+        x = self.encoder.through(self.encoder.embed(images, keep), last=self.decode_from)
+        z = self.encoder.norm(x)
+        queries, keys, _ = self.extra.qkv(self.encoder.through(x, first=self.decode_from + 1))
+        return [relation(queries, keys)], z
 
-    def encode(self, images, noise):
+    def encode(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         keep, restore = random_masking(noise, self.kept)
         return self.observe(images, keep)[1], restore
 
@@ -224,93 +226,88 @@ class DecoupledMAE(DistilledMAE):
 def attention_scores(vit: ViT, images: Tensor, keep: Tensor, layers: list[int]) -> tuple[list[Tensor], Tensor]:
     """Raw scores B H L L of the blocks `layers` (from 1), and the input B L D of the last of these: nothing beyond
     its queries and keys is computed, so a teacher stops there."""
-    x, scores = vit.embed(images, keep), {}
-    for number, block in enumerate(vit.blocks[:max(layers)], start=1):
-        if number in layers:
-            scores[number] = relation(*block.qkv(x)[:2])
-        if number < max(layers):
-            x = block(x)
+    x, entered, scores = vit.embed(images, keep), 1, {}
+    for layer in sorted(layers):
+        x, entered = vit.through(x, first=entered, last=layer - 1), layer               # B L D, what enters `layer`
+        queries, keys, _ = vit.blocks[layer - 1].qkv(x)
+        scores[layer] = relation(queries, keys)
     return [scores[layer] for layer in layers], x
 
 
+@torch.no_grad()
+def teacher_scores(model: DistilledMAE, teacher: ViT, pixels: Tensor, noise: Tensor) -> list[Tensor]:
+    """The teacher's scores on the very patches that the student keeps: same noise, same mask."""
+    keep, _ = random_masking(noise, model.kept)
+    return attention_scores(teacher, pixels, keep, model.layers)[0]
+
+
 # -------------------------------------------------------------------- the recipe
+from vit import (CentreCrop, Images, Run, Views, World, amount, common_options, count, in_order, launch, normalizer,
+                 open_images, parse, random_crop, say, share, start, vit_options)
 
 RECIPES = {
     # MAE-Lite's ViT-Tiny (projects/mae_lite/mae_lite_exp.py), but for its crops: bilinear or bicubic by chance.
     "imagenet": dict(
         model="tiny", image_size=224, mask_ratio=0.75, norm_pix=True, visible_weight=0.0, crop_min=0.08,
         mean=IMAGENET_MEAN, std=IMAGENET_STD,
-        epochs=400, warmup_epochs=40, batch_size=4096, micro_batch=256, blr=1.5e-4, min_lr=0.0, weight_decay=0.05,
-        distill_weight=1.0),
+        epochs=400, warmup_epochs=40, batch_size=4096, micro_batch=256, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
     # arXiv 2402.03752: 36 pixels, patches of 3, ReLU, MLP ratio 2, learned positions, visible patches discounted.
     # The paper leaves open, and we chose: 12 heads, qkv without bias, the decoder, alpha = 0.1, plain pixels,
     # batch size and length. Crops and their scale follow a re-implementation.
     "cifar": dict(
         model="tiny", image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned",
-        decoder="96x2x3", mask_ratio=0.75, norm_pix=False, visible_weight=0.1, crop_min=0.6,
+        decoder=(96, 2, 3), mask_ratio=0.75, norm_pix=False, visible_weight=0.1, crop_min=0.6,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        epochs=4000, warmup_epochs=400, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05,
-        distill_weight=1.0),
+        epochs=4000, warmup_epochs=400, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
     # Ours: two minutes on two CPU cores.
     "demo": dict(
-        model="demo", image_size=32, patch_size=4, decoder="64x1x2", mask_ratio=0.75, norm_pix=True, visible_weight=0.0,
-        crop_min=0.6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        epochs=9.6, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05,
-        distill_weight=1.0),
+        model="demo", image_size=32, patch_size=4, mask_ratio=0.75, norm_pix=True, visible_weight=0.0, crop_min=0.6,
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        epochs=9.6, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
 }
 # Decoders of MAE-Lite for tiny and small (a large one only hurts a small encoder), MAE's for the rest.
-DECODERS = {"demo": "64x1x2", "tiny": "96x1x3", "small": "192x1x6"}
-OPTIONS = {
-    "method": {
-        "mask_ratio": (float, SHARE, "share of the patches that is hidden"),
-        "norm_pix": (bool, None, "compare with pixels normalised within each patch"),
-        "visible_weight": (float, NOT_NEGATIVE, "weight of the error on visible patches"),
-        "decoder": (str, None, "WIDTHxBLOCKSxHEADS of the decoder; else by --model: tiny 96x1x3, small 192x1x6, base "
-                               "and larger 512x8x16"),
-        "crop_min": (float, SHARE, "smallest share of an image's area in a random crop"),
-    },
-    "distillation (D-MAE)": {
-        "teacher": (str, None, "file of a pre-trained MAE encoder: ours or an official one"),
-        "teacher_heads": (int, COUNT, "heads of the teacher, where its file does not say"),
-        "distill_layers": (str, None, "blocks whose scores are compared, counted from 1, as 6,12; else the last"),
-        "distill_weight": (float, NOT_NEGATIVE, "weight of the attention term"),
-        "decode_from": (int, COUNT, "D2-MAE: the decoder reads the state after this block (MAE-Lite: 8 of 12), and the "
-                                    "blocks above it learn from the teacher alone"),
-    },
-}
+DECODERS = {"demo": (64, 1, 2), "tiny": (96, 1, 3), "small": (192, 1, 6)}
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = common_options(__doc__, RECIPES)
+    add = parser.add_argument_group("method").add_argument
+    add("--mask-ratio", type=share, help="share of the patches that is hidden")
+    add("--norm-pix", action=BooleanOptionalAction, help="compare with pixels normalised within each patch")
+    add("--visible-weight", type=amount, help="weight of the error on visible patches")
+    add("--decoder", type=count, nargs=3, metavar=("WIDTH", "BLOCKS", "HEADS"), help="of the decoder; else by --model: "
+        "96 1 3 for tiny, 192 1 6 for small, 512 8 16 for base and larger")
+    add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
+    add = parser.add_argument_group("distillation (D-MAE)").add_argument
+    add("--teacher", help="file of a pre-trained MAE encoder: ours or an official one")
+    add("--teacher-heads", type=count, help="heads of the teacher, where its file does not say")
+    add("--distill-layers", type=count, nargs="+", help="blocks whose scores are compared, from 1; else the last")
+    add("--distill-weight", type=amount, default=1.0, help="weight of the attention term")
+    add("--decode-from", type=count, help="D2-MAE: the decoder reads the state after this block (MAE-Lite: 8 of 12), "
+        "and the blocks above it learn from the teacher alone")
+    return parse(parser, argv, RECIPES)
 
 
 def build(args: Namespace, teacher: ViT | None) -> MaskedAutoencoder:
     """The model that the arguments describe, with weights drawn from --seed."""
     torch.manual_seed(args.seed)
-    encoder = ViT(**vit_options(args))
-    decoder = decoder_sizes(args.decoder)
+    encoder, decoder = ViT(**vit_options(args)), args.decoder or DECODERS.get(args.model, (512, 8, 16))
     options = dict(mask_ratio=args.mask_ratio, norm_pix=args.norm_pix, visible_weight=args.visible_weight)
     if teacher is None:
         if args.decode_from:
             raise InputError("--decode-from (D2-MAE) needs --teacher")
         return MaskedAutoencoder(encoder, decoder, **options)
-    layers = distilled_layers(args, encoder)
+    layers = args.distill_layers or [encoder.depth]
     if encoder.grid != teacher.grid or encoder.depth != teacher.depth:
         raise InputError(f"--teacher has {teacher.grid} patches and {teacher.depth} blocks, the student {encoder.grid} "
                          f"and {encoder.depth}: D-MAE compares patch by patch and block by block")
+    if max(layers) > encoder.depth or args.decode_from and layers != [encoder.depth]:
+        raise InputError(f"--distill-layers {layers}: there are blocks 1 to {encoder.depth}, and with --decode-from "
+                         "only the last is compared")
     options.update(teacher_heads=[teacher.blocks[layer - 1].attn.heads for layer in layers], layers=layers,
                    weight=args.distill_weight)
     if args.decode_from is None:
         return DistilledMAE(encoder, decoder, **options)
-    if layers != [encoder.depth]:
-        raise InputError(f"--distill-layers {args.distill_layers}: with --decode-from only the last block is compared")
     return DecoupledMAE(encoder, decoder, decode_from=args.decode_from, **options)
-
-
-def distilled_layers(args: Namespace, encoder: ViT) -> list[int]:
-    try:
-        layers = [int(number) for number in args.distill_layers.split(",")] if args.distill_layers else [encoder.depth]
-    except ValueError:
-        raise InputError(f"--distill-layers {args.distill_layers} is not a list of numbers, as 6,12") from None
-    if not all(1 <= layer <= encoder.depth for layer in layers):
-        raise InputError(f"--distill-layers {args.distill_layers}: there are blocks 1 to {encoder.depth}")
-    return layers
 
 
 def load_teacher(args: Namespace, device: torch.device) -> tuple[ViT, Callable[[Tensor], Tensor]] | tuple[None, None]:
@@ -328,86 +325,59 @@ def load_teacher(args: Namespace, device: torch.device) -> tuple[ViT, Callable[[
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv, __doc__, RECIPES, OPTIONS)
-    world = start_processes(args)
+    args = parse_args(argv)
+    world = start(args)
     images = open_images(args)
-    apply_recipe(args, recipe_for(args, images), RECIPES)
-    args.decoder = args.decoder or DECODERS.get(args.model, "512x8x16")
     teacher, teacher_normalize = load_teacher(args, world.device)
-    model = build(args, teacher)
-    out, checkpoint = open_run(args, "mae")
-    wrapped = wrap(model, args, world)
-    encoder, config = model.encoder, dict(model.encoder.config, mean=list(args.mean), std=list(args.std))
-
-    parts, steps = parts_of_batch(args, world), len(images) // args.batch_size
-    last, lr = round(args.epochs * steps), args.blr * args.batch_size / 256
+    model = build(args, teacher).to(world.device)
+    encoder, normalize = model.encoder, normalizer(args.mean, args.std, world.device)
     # As in MAE, class and mask token decay like matrices; learned positions do not.
     groups = param_groups(model, args.weight_decay, undecayed=("encoder.pos_embed", "decoder_pos_embed"))
-    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=args.device == "cuda")
-    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
-    normalize = normalizer(args.mean, args.std, world.device)
-    loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
-    log = Log(args, out, world, loader)
-    if world.main:
-        name = "D2-MAE" if args.decode_from else "D-MAE" if teacher else "MAE"
-        say(f"{name}, recipe {args.recipe}: {len(images)} images, {last} steps of "
-              f"{args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
+    run = Run("mae", args, world, images, model, encoder, optimizer)
+    wrapped, scaler = world.wrap(model, args.compile), run.scaler
 
-    def save(step: int) -> None:
-        save_checkpoint(out, "mae", step, model, config, optimizer, scaler, args)
-        write_file(dict(model=encoder.state_dict(), config=config), out / "encoder.pth")
-
-    step = first
-    for step in range(first + 1, last + 1):
-        set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
-        noise = drawn(encoder.patches, MASKS, step, args, world)                        # rows N
-        sums = {}
-        for part, part_noise in enumerate(noise.chunk(parts), start=1):
-            pixels = next(loader)[0]                                                    # B C h w, in 0..1
-            with gradients_shared(wrapped, now=part == parts):
-                with autocast(args):
-                    goal = [teacher_scores(model, teacher, teacher_normalize(pixels), part_noise)] if teacher else []
-                    losses = wrapped(normalize(pixels), part_noise, *goal)
-                scaler.scale(losses["loss"] / parts).backward()
-            sums = {name: sums.get(name, 0) + loss.detach() / parts for name, loss in losses.items()}
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        if log.step(step, rate, **sums):
-            break
-        if log.save_due():
-            save(step)
-        if world.main and step % max(1, last // 10) == 0:
-            score = save_reconstructions(model, images, normalize, args, world, out / f"pictures/{step:07d}.png")
-            log.write(dict(step=step, **score))
-    log.finish(save, step)  # a run stopped by a signal ends here
-    if world.main:
-        score = save_reconstructions(model, images, normalize, args, world, out / "reconstruction.png")
+    views = Views(images, random_crop(encoder.image_size, args.crop_min), args.seed, numbers=encoder.patches)
+    with run.batches(views) as batches:
+        for step in run.steps(batches):
+            for part in range(1, run.parts + 1):
+                pixels, noise, _ = next(batches)                                        # B C h w in 0..1, B N
+                noise = world.send(noise)
+                with world.share_gradients(wrapped, now=part == run.parts):
+                    with world.autocast():
+                        inputs = [normalize(pixels), noise]
+                        if teacher:
+                            inputs.append(teacher_scores(model, teacher, teacher_normalize(pixels), noise))
+                        losses = wrapped(*inputs)
+                    scaler.scale(losses["loss"] / run.parts).backward()
+                run.add(**losses)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if world.rank == 0 and step % max(1, run.last // 10) == 0 and step < run.last:
+                picture = run.out / f"pictures/{step:07d}.png"
+                run.write(step, **save_reconstructions(model, images, normalize, args, world, picture))
+    if world.rank == 0:
+        errors = save_reconstructions(model, images, normalize, args, world, run.out / "reconstruction.png")
+        run.write(run.last, **errors)
         free = "each hidden patch its true mean" if args.norm_pix else "hidden patches the mean of the visible ones"
-        say(f"squared error on hidden pixels {score['masked_mse']:.4f}; painting {free}: {score['baseline_mse']:.4f}\n"
-            f"{out}/reconstruction.png\nnext:  python finetune.py --data {args.data} --init {out}/encoder.pth")
+        say(f"squared error on hidden pixels {errors['masked_mse']:.4f}, of {free} {errors['baseline_mse']:.4f}\n"
+            f"{run.out}/reconstruction.png\nnext:  python finetune.py --data {args.data} --init {run.out}/encoder.pth")
 
 
 @torch.no_grad()
-def teacher_scores(model: DistilledMAE, teacher: ViT, pixels: Tensor, noise: Tensor) -> list[Tensor]:
-    """The teacher's scores on the very patches that the student keeps: same noise, same mask."""
-    keep, _ = random_masking(noise, model.kept)
-    return attention_scores(teacher, pixels, keep, model.layers)[0]
-
-
 def save_reconstructions(model: MaskedAutoencoder, images: Images, normalize: Callable, args: Namespace, world: World,
                          path: Path) -> dict[str, float]:
     """Writes rows of image | masked | reconstruction | the same with the visible patches, and measures the squared
     error on the hidden pixels (0..1) of 64 images. The baseline paints what a network gets for free: with norm_pix
     the true mean of each hidden patch, else the mean of the image's visible patches."""
-    alone, size, p = World(0, 1, world.device), model.encoder.image_size, model.encoder.patch_size
+    size, p, alone = model.encoder.image_size, model.encoder.patch_size, replace(world, rank=0, size=1)
     some = images.subset(np.linspace(0, len(images) - 1, 64).astype(int))
-    pixels = torch.cat([pixels for pixels, _ in in_order(some, View(size), args, alone, strict=False)])       # B C h w
-    noise = uniform((len(pixels), model.encoder.patches), args.seed, MASKS, 0)
-    with autocast(args):
-        painted, hidden = model.reconstruct(normalize(pixels), sent(noise, world.device))
+    with in_order(Views(some, CentreCrop(size), args.seed, numbers=model.encoder.patches), args, alone) as batches:
+        pixels, noise, _ = zip(*batches, strict=True)
+    pixels, noise = torch.cat(pixels), world.send(torch.cat(noise))                     # B C h w, B N
+    with world.autocast():
+        painted, hidden = model.reconstruct(normalize(pixels), noise)
     mean, std = (torch.tensor(value, device=world.device).view(-1, 1, 1) for value in (args.mean, args.std))
     painted, visible = (painted * std + mean).clamp(0, 1), 1 - hidden
     if args.norm_pix:

@@ -1,4 +1,4 @@
-"""The Vision Transformer of all scripts, and below the second ruler the training kit that they share.
+"""The Vision Transformer of all scripts, and below a ruler the training kit that they share.
 
 Part 1 is the network: Dosovitskiy et al., arXiv 2010.11929, with the details of MAE (arXiv 2111.06377).
 
@@ -142,15 +142,15 @@ class ViT(nn.Module):
         if positions not in ("sincos", "learned") or pool not in ("cls", "mean") or act not in ACTIVATIONS:
             raise InputError(f"positions {positions!r} (sincos, learned), pool {pool!r} (cls, mean) or act {act!r} "
                              f"({', '.join(ACTIVATIONS)}) is unknown")
-        height, wide = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if height % patch_size or wide % patch_size or min(height, wide) < patch_size:
-            raise InputError(f"image size {height}x{wide} is not a multiple of the patch size {patch_size}: "
+        h, w = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if h % patch_size or w % patch_size or min(h, w) < patch_size:
+            raise InputError(f"image size {h}x{w} is not a multiple of the patch size {patch_size}: "
                              "some pixels would never be seen")
-        self.config = dict(image_size=[height, wide], patch_size=patch_size, channels=channels, width=width,
+        self.config = dict(image_size=[h, w], patch_size=patch_size, channels=channels, width=width,
                            depth=depth, heads=heads, last_heads=last_heads or heads, mlp_ratio=mlp_ratio, act=act,
                            qkv_bias=qkv_bias, positions=positions, pool=pool, classes=classes)
-        self.image_size, self.patch_size, self.channels = (height, wide), patch_size, channels
-        self.grid = (height // patch_size, wide // patch_size)                          # rows, columns
+        self.image_size, self.patch_size, self.channels = (h, w), patch_size, channels
+        self.grid = (h // patch_size, w // patch_size)                                  # rows, columns
         self.patches = self.grid[0] * self.grid[1]
         self.width, self.depth, self.pool = width, depth, pool
 
@@ -187,10 +187,14 @@ class ViT(nn.Module):
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Tokens after the last block and `norm`, class token first: images B C h w, keep B n -> B 1+n D (or 1+N)."""
-        x = self.embed(images, keep)
-        for block in self.blocks:
+        return self.norm(self.through(self.embed(images, keep)))
+
+    def through(self, x: Tensor, first: int = 1, last: int | None = None) -> Tensor:
+        """Tokens B L D that enter block `first`, counted from 1 -> those that leave block `last`, or the last of all.
+        With last = first - 1 they come back as they are."""
+        for block in self.blocks[first - 1:last]:
             x = block(x)
-        return self.norm(x)
+        return x
 
     def features(self, images: Tensor) -> Tensor:
         """One vector an image: B C h w -> B D."""
@@ -215,9 +219,9 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def position_table(kind: str, width: int, grid: tuple[int, int]) -> Tensor:
+def position_table(positions: str, width: int, grid: tuple[int, int]) -> Tensor:
     """Positions of a class token and rows x columns patches, 1 1+N D: fixed sin-cos, or N(0, 0.02) to be learned."""
-    if kind == "learned":
+    if positions == "learned":
         return torch.empty(1, 1 + grid[0] * grid[1], width).normal_(std=0.02)
     return torch.cat([torch.zeros(1, width), sincos_2d(width, grid)]).unsqueeze(0)
 
@@ -272,7 +276,7 @@ def layer_of(name: str, depth: int) -> int:
 NOT_ENCODER = ("mask_token", "decoder_", "head.", "decoderfeature_pred.", "encoderfeature_pred.", "dist_token",
                "head_dist.")
 # Encoders in a file that are not the one to use: MoCo v3's momentum copy, the teacher in MAE-Lite's D-MAE files.
-NOT_WANTED = ("momentum_encoder.", "tch_model.")
+OTHER_ENCODERS = ("momentum_encoder.", "tch_model.")
 
 
 def load_file(path: str) -> dict:
@@ -304,7 +308,7 @@ def read_encoder(path: str, heads: int | None = None, flag: str = "--heads") -> 
     state = weights_of(file)
     names = [name for name in state if isinstance(name, str)] if isinstance(state, dict) else []
     prefixes = [name.removesuffix("cls_token") for name in names if name.endswith("cls_token")]
-    prefixes = [prefix for prefix in prefixes if not any(word in prefix for word in NOT_WANTED)]
+    prefixes = [prefix for prefix in prefixes if not any(word in prefix for word in OTHER_ENCODERS)]
     if len(prefixes) != 1:
         raise InputError(f"{path}: expected one Vision Transformer, found {len(prefixes)} (looked for `cls_token`; "
                          f"the first names are {names[:3]})")
@@ -376,186 +380,168 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
 
 
 # -------------------------------------------------------------------- part 2: the training kit
-# Processes, images, schedule, checkpoints, log. All random numbers are a function of (seed, step) for the whole batch,
-# of which every process takes its rows: a resumed run repeats an uninterrupted one, and 1 or 8 processes train alike.
+# What every script needs around its method: options, processes, images, and a run with its checkpoints and log.
 #
-# A script calls, in this order: parse_args, start_processes, open_images, apply_recipe, open_run, wrap,
-# load_checkpoint, Batches, Log; then in every step set_lr, next(loader), autocast, log.step. To follow an image:
-# open_images, requests, views_of. Only finetune.py and g2sd.py need the last section, on labels.
-# Part 1 stands alone, so this part brings its own imports.
+# The way of an image: open_images -> Images.open -> a transform of torchvision -> Views (in a worker process, as bytes)
+# -> Batches (on the device, as floats) -> the loop. All that is random about it follows from (seed, epoch, image), the
+# order from (seed, epoch): neither interruptions nor the number of processes and workers change what is learned.
 import argparse
 import json
+import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from glob import glob
 from itertools import zip_longest
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import torch.distributed as dist
-from PIL import Image, ImageEnhance, ImageOps
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# ---- the command line
+# ---- options
 
-# {group: {option: (type, allowed, meaning)}}; allowed: smallest and largest value, or the words to choose from.
-SHARE, COUNT, NOT_NEGATIVE = (0, 1), (1, 2**62), (0, 2**62)
-COMMON_OPTIONS = {
-    "model": {
-        "model": (str, tuple(SIZES), "size of the network"),
-        "width": (int, COUNT, "channels of a token, instead of the size's"),
-        "depth": (int, COUNT, "blocks, instead of the size's"),
-        "heads": (int, COUNT, "attention heads, instead of the size's"),
-        "mlp_ratio": (float, (1e-6, 1e6), "hidden width of the MLPs / width, instead of the size's"),
-        "image_size": (int, COUNT, "side of the square input in pixels"),
-        "patch_size": (int, COUNT, "side of a patch in pixels"),
-        "act": (str, tuple(ACTIVATIONS), "activation in the MLPs"),
-        "qkv_bias": (bool, None, "biases in the projections to queries, keys and values"),
-        "positions": (str, ("sincos", "learned"), "of the tokens: a fixed table, or learned"),
-    },
-    "optimisation": {
-        "epochs": (float, NOT_NEGATIVE, "passes over the images"),
-        "warmup_epochs": (float, NOT_NEGATIVE, "epochs over which the learning rate rises from 0"),
-        "batch_size": (int, COUNT, "images per update, on all processes together"),
-        "micro_batch": (int, COUNT, "most images that one process holds at once; a larger share is accumulated"),
-        "blr": (float, (0, 1e38), "base learning rate: learning rate = blr x batch size / 256"),
-        "min_lr": (float, NOT_NEGATIVE, "learning rate at the end of the cosine"),
-        "weight_decay": (float, NOT_NEGATIVE, "weight decay"),
-    },
-}
+def within(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
+    """A `type` for argparse: finite numbers from `low` to `high`."""
+    def number(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            limit = f" to {high}" if high < math.inf else " or more"
+            raise argparse.ArgumentTypeError(f"{text}: expected {low}{limit}")
+        return value
+    number.__name__ = "whole number" if kind is int else "number"  # argparse tells "invalid number value"
+    return number
 
 
-def parse_args(argv: list[str] | None, about: str, recipes: dict[str, dict], options: dict[str, dict]) -> Namespace:
-    """The command line of a script: its own `options`, in the form of COMMON_OPTIONS, the common ones, the run's.
-
-    What a recipe decides is None until `apply_recipe`; `--help` shows the value of every recipe.
-    Unknown and abbreviated flags end the program with status 2.
-    """
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    limits = dict(seed=NOT_NEGATIVE, workers=NOT_NEGATIVE, save_minutes=NOT_NEGATIVE, log_every=COUNT)
-    for title in dict.fromkeys([*options, *COMMON_OPTIONS]):
-        group = parser.add_argument_group(title)
-        for name, (kind, allowed, meaning) in {**COMMON_OPTIONS.get(title, {}), **options.get(title, {})}.items():
-            by_value: dict[str, list[str]] = {}
-            for recipe, values in recipes.items():
-                if values.get(name) is not None:
-                    by_value.setdefault(str(values[name]), []).append(recipe)
-            shown = "; ".join(f"{value}: {', '.join(names)}" for value, names in by_value.items())
-            how = dict(type=kind, metavar=kind.__name__)
-            if kind is bool:
-                how = dict(action=argparse.BooleanOptionalAction)
-            elif kind is str and allowed:
-                how = dict(choices=allowed)
-            elif allowed:
-                limits[name] = allowed
-            group.add_argument("--" + name.replace("_", "-"), help=meaning + (f" [{shown}]" if shown else ""), **how)
-    run = parser.add_argument_group("data and run")
-    run.add_argument("--data", default="shapes", help="folder of images (train/ and val/ inside; class folders in "
-                     "them where labels are needed), a name of torchvision ("
-                     + ", ".join(TORCHVISION) + "), or shapes: generated images [%(default)s]")
-    run.add_argument("--data-root", default="data", help="where torchvision keeps its data sets [%(default)s]")
-    run.add_argument("--download", action="store_true", help="let torchvision download the data set")
-    run.add_argument("--recipe", choices=recipes, help="table of defaults [cifar for CIFAR and images up to "
-                     "64 pixels, demo for shapes, else imagenet]")
-    run.add_argument("--out", help="folder for checkpoints and log [runs/<script>-<recipe>, numbered]")
-    run.add_argument("--resume", nargs="?", const="", metavar="PATH", help="continue the run in --out, or that in PATH "
-                     "(a folder or its last.pth)")
-    run.add_argument("--seed", type=int, default=0, help="of all chance in the run [%(default)s]")
-    run.add_argument("--workers", type=int, help="processes that decode images, for each training process "
-                     "[its share of the cores]")
-    run.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"],
-                     help="[%(default)s: cuda if there is one]")
-    run.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                     help="of matrix products [%(default)s: on a GPU bf16 if it can, else fp16; on a CPU fp32]")
-    run.add_argument("--compile", action="store_true", help="compile the model: a minute's wait, then faster steps")
-    run.add_argument("--save-minutes", type=float, default=10, help="minutes between checkpoints [%(default)s]")
-    run.add_argument("--log-every", type=int, default=50, help="steps between records in log.jsonl [%(default)s]")
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        low, high = limits.get(name, (-math.inf, math.inf))
-        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
-            expected = f"{low} or more" if high > 1e9 else f"from {low} to {high}"
-            parser.error(f"--{name.replace('_', '-')} {value}: expected {expected}")
-    return args
+share, amount, count = within(0, 1), within(0), within(1, kind=int)
 
 
-def recipe_for(args: Namespace, images: "Images") -> str:
-    """--recipe, or what fits the data: demo for the shapes, cifar for images up to 64 pixels, else imagenet."""
-    if args.recipe or args.data == "shapes":
-        return args.recipe or "demo"
-    return "cifar" if images.side is not None and images.side <= 64 else "imagenet"
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The docstring of a script as it stands, and behind each option its value in the recipe."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, argparse.SUPPRESS) else f"{action.help} [%(default)s]"
 
 
-def apply_recipe(args: Namespace, name: str, recipes: dict[str, dict]) -> None:
-    """Gives every option that was not on the command line its value in the recipe; args.recipe becomes its name."""
-    args.recipe = name
-    for option, value in recipes[name].items():
-        if getattr(args, option, None) is None:
-            setattr(args, option, value)
+def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
+    """A parser with the options that all scripts share."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=Help, allow_abbrev=False)
+    add = parser.add_argument_group("data and run").add_argument
+    add("--data", default="shapes", help="folder of images (train/<class>/, val/<class>/; any tree where no labels are "
+        f"needed), a name of torchvision ({', '.join(TORCHVISION)}), or shapes: generated")
+    add("--data-root", default="data", help="where torchvision keeps its data sets")
+    add("--download", action="store_true", help="let torchvision download the data set")
+    add("--recipe", choices=recipes, help="defaults; else demo for shapes, cifar for CIFAR, imagenet for the rest")
+    add("--out", help="folder for checkpoints and log; else runs/<script>-<recipe>")
+    add("--resume", nargs="?", const="", metavar="PATH", help="continue the run in --out, or that in a folder or file")
+    add("--seed", type=within(0, 2**32 - 1, int), default=0, help="of all chance in the run")
+    add("--workers", type=within(0, kind=int), help="processes that decode images; else this process's share of cores")
+    add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: cuda if there is one")
+    add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: fp32 on CPUs")
+    add("--compile", action="store_true", help="compile the model: a minute's wait, then faster steps")
+    add("--save-minutes", type=amount, default=10, help="minutes between checkpoints")
+    add("--log-every", type=count, default=50, help="steps between records in log.jsonl")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=SIZES, help="size of the network")
+    add("--width", type=count, help="channels of a token, instead of the size's")
+    add("--depth", type=count, help="blocks, instead of the size's")
+    add("--heads", type=count, help="attention heads, instead of the size's")
+    add("--mlp-ratio", type=within(1e-6, 1e6), help="hidden width of the MLPs / width, instead of the size's")
+    add("--image-size", type=count, help="side of the square input in pixels")
+    add("--patch-size", type=count, help="side of a patch in pixels")
+    add("--act", choices=ACTIVATIONS, help="activation in the MLPs")
+    add("--qkv-bias", action=argparse.BooleanOptionalAction, help="biases in front of queries, keys and values")
+    add("--positions", choices=["sincos", "learned"], help="of the tokens: a fixed table, or learned")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=amount, help="passes over the images")
+    add("--warmup-epochs", type=amount, help="epochs over which the learning rate rises from 0")
+    add("--batch-size", type=count, help="images per update, on all processes together")
+    add("--micro-batch", type=count, help="most images that one process holds at once; a larger share is accumulated")
+    add("--blr", type=amount, help="base learning rate: learning rate = blr x batch size / 256")
+    add("--min-lr", type=amount, help="learning rate at the end of the cosine")
+    add("--weight-decay", type=amount, help="weight decay")
+    return parser
+
+
+def default_recipe(given: Namespace) -> str:
+    return given.recipe or {"shapes": "demo", "cifar10": "cifar", "cifar100": "cifar"}.get(given.data, "imagenet")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipes: dict[str, dict],
+          choose: Callable[[Namespace], str] = default_recipe) -> Namespace:
+    """The command line; what is not on it has its value in the recipe, which `choose` names by what is on it.
+    Unknown and abbreviated flags end the program with status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    recipe = choose(parser.parse_args([word for word in argv if word not in ("-h", "--help")]))
+    parser.set_defaults(**recipes[recipe], recipe=recipe)
+    return parser.parse_args(argv)
 
 
 def vit_options(args: Namespace) -> dict:
-    """Arguments of ViT from --model and the flags that change a part of it."""
-    given = {name: getattr(args, name) for name in COMMON_OPTIONS["model"] if name != "model"}
-    return {**SIZES[args.model], **{name: value for name, value in given.items() if value is not None}}
-
-
-def decoder_sizes(text: str) -> tuple[int, int, int]:
-    """--decoder WIDTHxBLOCKSxHEADS as three numbers. Raises InputError if it is none."""
-    numbers = text.split("x")
-    if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
-        raise InputError(f"--decoder {text} is not WIDTHxBLOCKSxHEADS, three numbers from 1 on, as 96x1x3")
-    return tuple(map(int, numbers))
+    """Arguments of ViT: those of --model, but for the flags and the recipe that change a part of it."""
+    names = ("width", "depth", "heads", "mlp_ratio", "image_size", "patch_size", "act", "qkv_bias", "positions")
+    return {**SIZES[args.model], **{name: getattr(args, name) for name in names if getattr(args, name) is not None}}
 
 
 # ---- processes
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its number, how many there are, its device."""
+    """This process among all: its number, how many there are, its device, and the precision of matrix products."""
     rank: int
     size: int
     device: torch.device
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def rows(self, total: int) -> slice:
-        """The share of this process in a batch of `total`."""
-        return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+    precision: str
 
     def sum(self, values: Tensor) -> Tensor:
         """In place, the sum over all processes."""
-        if dist.is_initialized():
+        if self.size > 1:
             dist.all_reduce(values)
         return values
 
+    def send(self, values: Tensor) -> Tensor:
+        """To the device. To a GPU by way of pinned memory: else the copy would wait for all that it has to do yet."""
+        if self.device.type == "cuda" and not values.is_pinned():
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
 
-def start_processes(args: Namespace) -> World:
-    """Joins the processes that torchrun started, or is alone; sets args.device, args.precision and args.workers.
+    def autocast(self) -> torch.autocast:
+        """Context of a forward pass: matrix products in the chosen precision."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def wrap(self, model: nn.Module, compiled: bool) -> nn.Module:
+        """What to call in training. Parameters and checkpoints are those of `model` itself."""
+        model = torch.compile(model) if compiled else model
+        return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
+
+    def share_gradients(self, wrapped: nn.Module, now: bool):
+        """Context of a backward pass: processes average their gradients only in the last part of a batch."""
+        return wrapped.no_sync() if self.size > 1 and not now else nullcontext()
+
+
+def start(args: Namespace) -> World:
+    """Joins the processes that torchrun started, or is alone; settles args.device, args.precision and args.workers.
     Raises InputError for a device that is not there or an environment that torchrun did not make."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if name in os.environ]
     if given and len(given) < len(names):
         raise InputError(f"the environment has {', '.join(given)} but not all of {', '.join(names)}: start several "
                          "processes by torchrun, or unset these for a single one")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, device, best = int(os.environ.get("LOCAL_RANK", 0)), torch.device("cpu"), "fp32"
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    device, precision = torch.device("cpu"), "fp32"
     if args.device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise InputError(f"--device cuda: process {local_rank} of this machine finds {torch.cuda.device_count()} "
@@ -563,133 +549,85 @@ def start_processes(args: Namespace) -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
-        torch.backends.cudnn.benchmark = True
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif args.precision == "fp16":
         raise InputError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
-    if args.precision == "auto":
-        args.precision = precision
+    args.precision = best if args.precision == "auto" else args.precision
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if given:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=20),
-                                device_id=device if args.device == "cuda" else None)
-        return World(dist.get_rank(), dist.get_world_size(), device)
-    return World(0, 1, device)
-
-
-def parts_of_batch(args: Namespace, world: World) -> int:
-    """Into how many parts a process cuts its share of a batch. Raises InputError if that leaves a remainder."""
-    share, rest = divmod(args.batch_size, world.size)
-    parts = math.ceil(share / args.micro_batch)
-    if rest or share == 0 or share % parts:
-        raise InputError(f"--batch-size {args.batch_size} is not processes x parts x images: {world.size} processes "
-                         f"x {parts} parts (--micro-batch {args.micro_batch}) x a whole number of images")
-    return parts
-
-
-def wrap(model: nn.Module, args: Namespace, world: World) -> nn.Module:
-    """What to call in training: `model`, moved to the device, compiled if asked, its gradients shared by processes.
-    Parameters and checkpoints are those of `model` itself."""
-    model.to(world.device)
-    wrapped = torch.compile(model) if args.compile else model
-    if dist.is_initialized():
-        devices = [world.device] if world.device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(wrapped, devices)
-    return wrapped
-
-
-def autocast(args: Namespace) -> torch.autocast:
-    """Context of the forward pass: matrix products in the chosen precision, on the chosen device."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
-    return torch.autocast(args.device, dtype, enabled=dtype is not None)
-
-
-def gradients_shared(wrapped: nn.Module, now: bool):
-    """Context of a backward pass: processes average their gradients only in the last part of a batch."""
-    return nullcontext() if now or not dist.is_initialized() else wrapped.no_sync()
+    if not given:
+        return World(0, 1, device, args.precision)
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=20),
+                            device_id=device if args.device == "cuda" else None)
+    return World(dist.get_rank(), dist.get_world_size(), device, args.precision)
 
 
 def say(text: str) -> None:
     """To stderr, if anyone still reads it: a closed pipe must not end a training."""
-    try:
+    with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
-    except OSError:
-        pass
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Runs a script. An error that its user can fix is one line on stderr and exit status 2, not a traceback."""
-    code = 0
+    """Runs a script. An error that its user can fix is one line on stderr and exit status 2, not a traceback. No worker
+    process outlives the program, whatever ends it."""
+    status = 0
     try:
         main()
     except InputError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # an error of all processes is reported by the first; torchrun ends the others
         say(f"{Path(sys.argv[0]).name}: {error}")
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as end:
-        code = end.code
+        status = 2
+    except (KeyboardInterrupt, SystemExit) as end:
+        status = getattr(end, "code", 128 + signal.SIGINT) or 0
     except Exception:
         traceback.print_exc()
-        code = 1
-    if dist.is_initialized():
-        if code:  # the others may be inside a collective: leave without them, torchrun ends them
+        status = 1
+    end_processes(multiprocessing.active_children())
+    if status:  # leave at once: other processes may be inside a collective, from which only torchrun can end them
+        with suppress(OSError):
             sys.stdout.flush()
-            os._exit(code)
+        os._exit(status)
+    if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(code)
 
 
-# ---- chance and schedule
-
-# Independent random streams: drawing from one does not change the others.
-ORDER, CROPS, MASKS, LAYERS, LABELS = range(5)
-
-
-def chance(seed: int, stream: int, step: int) -> np.random.Generator:
-    """The generator of one stream at one step (for ORDER: one epoch)."""
-    return np.random.default_rng([seed, stream, step])
-
-
-def uniform(shape: tuple[int, ...], seed: int, stream: int, step: int) -> np.ndarray:
-    """Numbers in [0, 1) for a whole batch, the same on every process."""
-    return chance(seed, stream, step).random(shape, dtype=np.float32)
+def end_processes(processes: list[multiprocessing.Process]) -> None:
+    """Kills worker processes and waits until they are gone."""
+    if processes:
+        torchs_own = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it raises an error for every worker that is killed
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join(5)
+        signal.signal(signal.SIGCHLD, torchs_own)
 
 
-def drawn(width: int, stream: int, step: int, args: Namespace, world: World) -> Tensor:
-    """Numbers in [0, 1) for this process's images of one step, rows x width, on the device."""
-    numbers = uniform((args.batch_size, width), args.seed, stream, step)[world.rows(args.batch_size)]
-    return sent(numbers, world.device)
+def leave_signals_alone(worker: int) -> None:
+    """In a worker: Ctrl-C and SIGTERM reach the whole group, but the training process decides what follows."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def sent(values: np.ndarray, device: torch.device) -> Tensor:
-    """To the device, for a GPU by way of pinned memory: else the copy would wait for all that the GPU has to do yet."""
-    values = torch.from_numpy(values)
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+# ---- chance
+
+# What random numbers are for. It stands first in a place, as numpy pads seeds with zeros: (0, 3) would be (0, 3, 0).
+IMAGE, ORDER, STEP, LABELS, SHAPES = range(1, 6)
 
 
-def cosine(epoch: float, peak: float, low: float, warmup: float, epochs: float) -> float:
-    """Learning rate: 0 -> peak linearly over `warmup` epochs, then half a cosine down to `low` (MAE, lr_sched)."""
-    if epoch < warmup:
-        return peak * epoch / warmup
-    return low + (peak - low) / 2 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+def chance(*place: int) -> np.random.Generator:
+    """Random numbers that follow from a place alone, as (ORDER, seed, epoch)."""
+    return np.random.default_rng(place)
 
 
-def reseed(seed: int, *place: int) -> None:
-    """Seeds torch's own generators, which stochastic depth and mixing use, for one place in a run: step, rank, part."""
-    torch.manual_seed(int(np.random.default_rng([seed, LAYERS, *place]).integers(2**63)))
+def torch_seed(*place: int) -> int:
+    """The same for torch, as (IMAGE, seed, epoch, image) or (STEP, seed, step, process, part)."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-
-
-# ---- images in
+# ---- images
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on broken files
@@ -707,59 +645,18 @@ TORCHVISION = {
 }
 
 
-@dataclass(frozen=True)
-class View:
-    """How the images of a batch are cropped and augmented.
-
-    size         (height, width) of what the network gets, in pixels
-    scale        smallest and largest share of an image's area that a random crop takes; None: the centre
-    centre       without `scale`: the share of the image's shorter side that is seen (timm's crop_pct)
-    randaugment  magnitude of timm's RandAugment, 0..10; 0: none
-    count        random views of every image (MoCo v3: 2); all first views come before all second ones
-    """
-    size: tuple[int, int]
-    scale: tuple[float, float] | None = None
-    centre: float = 1.0
-    randaugment: float = 0.0
-    count: int = 1
-
-    NUMBERS = 23 + 8  # of chance for one image: 10 tries x (area, ratio), place, flip; RandAugment: 2 operations x 4
-
-    def boxes(self, numbers: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Where to look: numbers B x NUMBERS -> B x (top, left, height, width) in pixels."""
-        if self.scale is not None:
-            return crop_boxes(numbers, height, width, self.scale)
-        aspect = self.size[0] / self.size[1]
-        h, w = (max(1.0, self.centre * side) for side in (min(height, width * aspect), min(width, height / aspect)))
-        return np.tile([(height - h) / 2, (width - w) / 2, h, w], (len(numbers), 1))
-
-    def flips(self, numbers: np.ndarray) -> np.ndarray:
-        return (numbers[:, 22] < 0.5) & (self.scale is not None)
-
-
-def crop_boxes(numbers: np.ndarray, height: int, width: int, scale: tuple[float, float]) -> np.ndarray:
-    """Boxes as torchvision's RandomResizedCrop draws them (ratio 3/4 to 4/3): the first of ten tries that fits into
-    the image, else its centre. numbers B x NUMBERS -> B x (top, left, height, width)."""
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * numbers[:, 0:10])
-    ratio = np.exp(math.log(3 / 4) + math.log(16 / 9) * numbers[:, 10:20])
-    tries = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)]).round()            # 2 B 10: heights, widths
-    fits = ((tries > 0) & (tries <= np.array([height, width])[:, None, None])).all(0)   # B 10
-    h, w = np.take_along_axis(tries, fits.argmax(1)[None, :, None], 2)[:, :, 0]         # B each
-    top, left = np.floor(numbers[:, 20] * (height - h + 1)), np.floor(numbers[:, 21] * (width - w + 1))
-    none = ~fits.any(1)
-    h[none], w[none] = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-    top[none], left[none] = (height - h[none]) // 2, (width - w[none]) // 2
-    return np.stack([top, left, h, w], axis=1)
-
-
 @dataclass
 class Images:
-    """Images: what is kept of each, M; labels M int64 and the names of their classes, or None for these."""
-    items: Tensor | np.ndarray
-    labels: np.ndarray | None
-    classes: list[str] | None
+    """M images: their pixels, uint8 M h w 3, or the names of their files below `root` in one array of bytes, which
+    worker processes share; labels M int64 and the names of their classes, or None for these.
 
-    side = None  # longer side of an image in pixels, where all have the same size
+    enough   pixels of the shorter side that views need: a larger JPEG is decoded at 1/2, 1/4 or 1/8; 0: never
+    """
+    items: np.ndarray
+    labels: np.ndarray | None = None
+    classes: list[str] | None = None
+    root: str = ""
+    enough: int = 0
 
     def __len__(self) -> int:
         return len(self.items)
@@ -767,90 +664,23 @@ class Images:
     def subset(self, index: np.ndarray) -> "Images":
         return replace(self, items=self.items[index], labels=None if self.labels is None else self.labels[index])
 
-    def cut(self, i: int, view: View, numbers: np.ndarray) -> Tensor:
-        """The part of image i that `view` chooses by numbers 1 NUMBERS, uint8 C h w, not resized yet."""
-        raise NotImplementedError
-
-
-class Packed(Images):
-    """Images of one size; items: uint8 M C h w, on the device where they are augmented in batches."""
-
-    @property
-    def side(self) -> int:
-        return max(self.items.shape[2:])
-
-    def cut(self, i, view, numbers):
-        (top, left, h, w), = view.boxes(numbers, *self.items.shape[2:]).round().astype(int)
-        return self.items[i, :, top:top + h, left:left + w]
-
-    def look(self, index: np.ndarray, numbers: np.ndarray, view: View) -> Tensor:
-        """A batch of views, float B C h w in 0..1: each image cropped, flipped and resized by two matrix products."""
-        device = self.items.device
-        boxes = np.column_stack([view.boxes(numbers, *self.items.shape[2:]).round(), view.flips(numbers)])
-        top, left, h, w, flip = sent(boxes.astype(np.float32), device).T
-        rows = resampling(top, h, torch.zeros_like(flip), self.items.shape[2], view.size[0])
-        columns = resampling(left, w, flip, self.items.shape[3], view.size[1])
-        pixels = self.items[sent(index, device)].float().div_(255)
-        return (rows[:, None] @ pixels @ columns[:, None].mT).clamp_(0, 1)
-
-
-def resampling(start: Tensor, length: Tensor, flip: Tensor, old: int, new: int) -> Tensor:
-    """Weights of an image's `old` pixels in each of `new` along one axis, B new old: what lies from `start` over
-    `length`, B each, is resized as Pillow resizes a crop (bicubic, antialiased), and mirrored where `flip` is 1."""
-    pixel = torch.arange(old, device=start.device) + 0.5
-    place = (torch.arange(new, device=start.device) + 0.5) / new                        # 0..1 in the crop
-    start, length, flip = (x.view(-1, 1, 1) for x in (start, length, flip))
-    centre = start + length * (flip + (1 - 2 * flip) * place[:, None])                  # B new 1
-    x = ((pixel - centre) / (length / new).clamp(min=1)).abs()                          # B new old
-    # Keys' cubic kernel with a = -1/2 is u^2 (u - 1) / 2 for 1 < x < 2; nearer than 1, v^2 (1 - 2 v) is added.
-    u, v = (2 - x).clamp_(min=0), (1 - x).clamp_(min=0)
-    weights = u * u * (u - 1) / 2 + v * v * (1 - 2 * v)
-    weights = weights * ((pixel > start) & (pixel < start + length))
-    return weights / weights.sum(2, keepdim=True)
-
-
-@dataclass
-class Files(Images):
-    """Images in files; items: their names below `root`, one array of bytes, which worker processes share."""
-    root: str
-
-    def path(self, i: int) -> str:
-        return os.path.join(self.root, os.fsdecode(bytes(self.items[i])))
-
-    def open(self, i: int) -> Image.Image:
-        """Image i, not yet decoded."""
-        return Image.open(self.path(i))
-
-    def cut(self, i, view, numbers):
-        """Raises InputError, with its path, if the image cannot be read."""
+    def open(self, i: int) -> Tensor:
+        """Image i, uint8 3 h w; in memory the colours of a pixel stay together, so torch resizes it twice as fast.
+        Raises InputError, with its path, if it cannot be read."""
+        if self.items.ndim > 1:
+            return torch.from_numpy(self.items[i]).permute(2, 0, 1)
+        path = os.path.join(self.root, os.fsdecode(bytes(self.items[i])))
         try:
-            with self.open(i) as image:
-                width, height = image.size
-                (top, left, h, w), = view.boxes(numbers, height, width)
-                # A large JPEG is decoded at 1/2, 1/4 or 1/8 where its crop keeps at least twice the size wanted.
-                image.draft("RGB", (math.ceil(2 * width * view.size[1] / w), math.ceil(2 * height * view.size[0] / h)))
-                x, y = image.size[0] / width, image.size[1] / height
-                box = [round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)]
-                box[2:] = max(box[2], box[0] + 1), max(box[3], box[1] + 1)
-                picture = eight_bits(image).crop(box).convert("RGB")
-                return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            with Image.open(path) as image:
+                if self.enough:
+                    image.draft("RGB", (self.enough, self.enough))
+                return v2.functional.pil_to_tensor(eight_bits(image).convert("RGB"))
         except UNREADABLE as error:
-            raise InputError(f"{self.path(i)}: cannot be read ({error})") from None
-
-
-class Named(Files):
-    """Images of a data set of torchvision, in place of `root`; items: their numbers there."""
-
-    def path(self, i: int) -> str:
-        return f"image {self.items[i]} of {type(self.root).__name__}"
-
-    def open(self, i: int) -> Image.Image:
-        return self.root[int(self.items[i])][0]
+            raise InputError(f"{path}: cannot be read ({error})") from None
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit and float grey is scaled to 0..255, by the range of the whole image; Pillow alone would clip it to
-    white. All other kinds stay as they are."""
+    """16-bit and float grey is scaled to 0..255, as Pillow would clip it to white; all else stays as it is."""
     if not image.mode.startswith("I") and image.mode != "F":
         return image
     grey = np.asarray(image, np.float32)
@@ -858,282 +688,229 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
 
 
-def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 C h w -> C and the new size, bicubic and antialiased."""
-    return v2.functional.resize(picture, list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-
-
 def open_images(args: Namespace, split: str = "train", labels: bool = False) -> Images:
     """The images that --data names. split: "train" or "val"; labels: whether classes are needed.
-    Small images (all sides up to 64 pixels) are decoded once, here. Raises InputError if there are none."""
+    Raises InputError if there are none."""
     if args.data == "shapes":
-        images = shapes(20000, seed=0) if split == "train" else shapes(2000, seed=1)
-    elif args.data in TORCHVISION:
-        images = open_torchvision(args, split, labels)
-    else:
-        images = pack_if_small(open_folder(args.data, split, labels), strict=split == "val")
-    if split == "train":
-        args.pictures = len(images)  # noted, so that a run is not continued on others
-    return images
+        return shapes(20000, seed=0) if split == "train" else shapes(2000, seed=1)
+    known = args.data in TORCHVISION
+    images = open_torchvision(args, split, labels) if known else open_folder(args.data, split, labels)
+    # A crop of 1/16 of the area, about the smallest of all recipes, still has the pixels of the input.
+    return replace(images, enough=4 * int(np.max(args.image_size)))
 
 
-def open_folder(data: str, split: str, labels: bool) -> Files:
-    """Images below data/split (or, for unlabelled training, anywhere below data), in sorted order.
-    Classes are the folders of data/train, whatever the split; hidden files and folders are passed over."""
-    if not os.path.isdir(data):
-        raise InputError(f"--data {data}: no such folder, and none of {', '.join(TORCHVISION)}, shapes")
-    folder = os.path.join(data, split)
-    if not os.path.isdir(folder):
-        if labels or split != "train":
-            raise InputError(f"--data {data}: no folder {folder}; expected {split}/<class>/<image>")
-        folder = data
-    names, ids, classes = list(find_images(os.fsencode(folder))), None, None
+def open_folder(data: str, split: str, labels: bool) -> Images:
+    """Images below data/split (or, for unlabelled training, anywhere below data), in sorted order. Classes are the
+    folders of data/train, whatever the split; hidden files and folders are passed over."""
+    root, train = os.path.join(data, split), os.path.join(data, "train")
+    if not labels and split == "train" and not os.path.isdir(root):
+        root = data
+    names, classes, ids = sorted(find_images(root)), None, None
     if labels:
-        classes = class_folders(os.path.join(data, "train"))
-        if not classes:
-            raise InputError(f"--data {data}: no class folders in {data}/train; expected train/<class>/<image>")
-        extra = sorted(set(class_folders(folder)) - set(classes))
-        if extra:
-            raise InputError(f"--data {data}: classes {', '.join(extra[:5])} are in {split}/ but not in train/")
+        names = [name for name in names if b"/" in name]
+        classes = sorted(folder for folder in next(os.walk(train, onerror=refuse_folder))[1] if folder[0] != ".")
         number = {os.fsencode(name): i for i, name in enumerate(classes)}
-        names = [name for name in names if os.path.dirname(name)]
-        ids = np.array([number[name.split(os.fsencode(os.sep))[0]] for name in names], np.int64)
+        if unknown := sorted({os.fsdecode(name.split(b"/")[0]) for name in names} - set(classes)):
+            raise InputError(f"--data {data}: classes {', '.join(unknown[:5])} are in {split}/ but not in train/")
+        ids = np.array([number[name.split(b"/")[0]] for name in names], np.int64)
         for empty in np.setdiff1d(np.arange(len(classes)), ids):
-            say(f"warning: class {classes[empty]} has no images in {folder}")
+            say(f"warning: class {classes[empty]} has no images in {root}")
     if not names:
-        raise InputError(f"--data {data}: no images in {folder} (looked for {' '.join(SUFFIXES)})")
-    return Files(np.array(names), ids, classes, folder)
+        raise InputError(f"--data {data}: no images in {root}{'/<class>' * labels} (looked for {' '.join(SUFFIXES)})")
+    return Images(np.array(names), ids, classes, root)
 
 
-def class_folders(folder: str) -> list[str]:
-    """Names of the folders in a folder, sorted; none if it is not there."""
-    return sorted(name.rstrip(os.sep) for name in glob("*/", root_dir=folder))
+def find_images(root: str) -> Iterator[bytes]:
+    """Names of the images below a folder, relative to it."""
+    suffixes, top = tuple(map(str.encode, SUFFIXES)), os.fsencode(root)
+    for where, folders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(b".")]
+        inside = os.path.relpath(where, top) + b"/" if where != top else b""
+        yield from (inside + name for name in files if name.lower().endswith(suffixes) and not name.startswith(b"."))
 
 
-def find_images(folder: bytes) -> Iterator[bytes]:
-    """Names of the images below a folder, in sorted order."""
-    suffixes = tuple(suffix.encode() for suffix in SUFFIXES)
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(b"."))
-    except OSError as error:  # not allowed, or links that lead in a circle
-        raise InputError(f"{os.fsdecode(folder)} cannot be listed ({error.strerror})") from None
-    for name, is_folder in found:
-        if is_folder:
-            yield from (os.path.join(name, below) for below in find_images(os.path.join(folder, name)))
-        elif name.lower().endswith(suffixes):
-            yield name
-
-
-def pack_if_small(files: Files, strict: bool, most_bytes: int = 2**31) -> Images:
-    """Decodes a folder of small images into one array: their files would cost more than the training."""
-    sizes = set()
-    for i in np.linspace(0, len(files) - 1, min(len(files), 64)).astype(int):
-        with suppress(*UNREADABLE), files.open(i) as image:
-            sizes.add(image.size)
-    width, height = next(iter(sizes), (65, 65))
-    if len(sizes) != 1 or max(width, height) > 64 or len(files) * 3 * width * height > most_bytes:
-        return files
-    pixels, good = torch.empty(len(files), 3, height, width, dtype=torch.uint8), []
-    whole, numbers = View((height, width)), np.zeros((1, View.NUMBERS), np.float32)
-    for i in tqdm(range(len(files)), desc="decoding small images", disable=not sys.stderr.isatty(), leave=False):
-        try:
-            picture = files.cut(i, whole, numbers)
-            if picture.shape[1:] != whole.size:
-                say(f"warning: {files.path(i)} is brought to {height} x {width} pixels like the rest")
-            pixels[len(good)] = resize(picture, whole.size)
-            good.append(i)
-        except InputError as error:
-            if strict:
-                raise
-            say(f"warning: left out: {error}")
-    return Packed(pixels[:len(good)], None if files.labels is None else files.labels[good], files.classes)
+def refuse_folder(error: OSError) -> None:  # one that is not there, not allowed, or links that lead in a circle
+    raise InputError(f"--data: {os.fsdecode(error.filename)}: {error.strerror}; expected a folder with <split>/<class>/"
+                     f"<image>, or one of {', '.join(TORCHVISION)}, shapes")
 
 
 def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
     """A data set of torchvision, in its official splits."""
-    kind, train, val, *unlabelled = TORCHVISION[args.data]
+    name, train, val, *unlabelled = TORCHVISION[args.data]
     chosen = val if split == "val" else train if labels or not unlabelled else unlabelled[0]
     if args.download and dist.is_initialized():
-        raise InputError("--download is for a single process: run the command once without torchrun, and with "
-                         "--epochs 0")
+        raise InputError("--download is for one process: run the command once without torchrun, and with --epochs 0")
     download = dict(download=True) if args.download else {}
     try:
-        parts = [getattr(datasets, kind)(args.data_root, **options, **download) for options in chosen]
+        parts = [getattr(datasets, name)(args.data_root, **options, **download) for options in chosen]
     except (RuntimeError, OSError) as error:
-        raise InputError(f"--data {args.data}: not in --data-root {args.data_root} ({error}); "
-                         "--download fetches it") from None
-    classes = list(parts[0].classes)
-    if hasattr(parts[0], "data"):  # CIFAR, STL10: already an array, N H W C or N C H W
-        pixels = np.concatenate([part.data for part in parts])
-        pixels = pixels if pixels.shape[1] == 3 else pixels.transpose(0, 3, 1, 2)
-        known = np.concatenate([part.targets if hasattr(part, "targets") else part.labels for part in parts])
-        return Packed(torch.from_numpy(np.ascontiguousarray(pixels)), known.astype(np.int64), classes)
-    # Labels are known without decoding, but not under a public name.
-    known = np.concatenate([part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
-                            for part in parts])
-    return Named(np.arange(len(known)), known.astype(np.int64), classes, ConcatDataset(parts))
+        raise InputError(f"--data {args.data}: not in {args.data_root} ({error}); --download fetches it") from None
+    if hasattr(parts[0], "data"):  # CIFAR, STL10: already an array, M h w 3 or M 3 h w
+        items = np.concatenate([part.data for part in parts])
+        items = items.transpose(0, 2, 3, 1) if items.shape[1] == 3 else items
+        ids = np.concatenate([part.targets if hasattr(part, "targets") else part.labels for part in parts])
+    else:  # the others know files and labels without decoding, but under no public name
+        pairs = [pair for part in parts for pair in (part._samples if hasattr(part, "_samples") else
+                 zip(part._images if hasattr(part, "_images") else part._image_files, part._labels, strict=True))]
+        items, ids = np.array([os.fsencode(path) for path, _ in pairs]), [label for _, label in pairs]
+    return Images(items, np.array(ids, np.int64), list(parts[0].classes))
 
 
-def shapes(count: int, seed: int, side: int = 32) -> Packed:
-    """Ten classes, {disc, triangle, square, star, cross} x {filled, outlined}, of random colour, place, angle and size
-    on a colour ramp with 1 % noise. The same images for the same seed."""
-    rng = np.random.default_rng([2205, seed])
-    labels = rng.integers(10, size=count)
-    pixels = np.empty((count, 3, side, side), np.uint8)
-    y, x = (np.mgrid[:side, :side].astype(np.float32) + 0.5) / side * 2 - 1             # -1..1
-    for first in range(0, count, 1000):                                                 # bounded memory
-        label = labels[first:first + 1000]
-        n = len(label)
-        turn, radius = rng.uniform(0, 2 * np.pi, (n, 1, 1)), 2 * rng.uniform(0.30, 0.46, (n, 1, 1))
-        x0, y0 = rng.uniform(-0.3, 0.3, (2, n, 1, 1))
-        u = ((x - x0) * np.cos(turn) + (y - y0) * np.sin(turn)) / radius                # n side side, the shape's axes
-        v = ((y - y0) * np.cos(turn) - (x - x0) * np.sin(turn)) / radius
-
-        def sides(k):  # how far a point lies in the direction of each of k sides
-            return np.stack([u * np.cos(2 * np.pi * i / k) + v * np.sin(2 * np.pi * i / k) for i in range(k)])
-        kinds = np.stack([                                                              # 1 on the edge of every shape
-            np.hypot(u, v),
-            sides(3).max(0) / math.cos(math.pi / 3),
-            sides(4).max(0) / math.cos(math.pi / 4),
-            np.partition(sides(5), 3, axis=0)[3] / math.cos(2 * math.pi / 5),           # beyond one side of the five
-            np.minimum(np.maximum(abs(u), 3 * abs(v)), np.maximum(3 * abs(u), abs(v))),
-        ])
-        distance = kinds[label % 5, np.arange(n)]
-        inside = (distance < 1) & ((label < 5)[:, None, None] | (distance > 0.65))
-        ramp, ends = rng.uniform(0, 2 * np.pi, (n, 1, 1)), rng.random((2, n, 3, 1, 1))
-        colour = rng.random((n, 3, 1, 1))
-        slope = ((x * np.cos(ramp) + y * np.sin(ramp)) / 2.83 + 0.5)[:, None]
-        ground = ends[0] * 0.6 * (1 - slope) + ends[1] * 0.6 * slope
-        picture = np.where(inside[:, None], 0.35 + 0.65 * colour, ground) + rng.normal(0, 0.01, (n, 3, side, side))
-        pixels[first:first + 1000] = (picture * 255).clip(0, 255)
-    names = [f"{how} {kind}" for how in ("filled", "outlined") for kind in "disc triangle square star cross".split()]
-    return Packed(torch.from_numpy(pixels), labels, names)
+def shapes(total: int, seed: int, side: int = 32) -> Images:
+    """Ten classes, {disc, triangle, square, star, cross} x {filled, outlined}, of random colour, place, angle and size.
+    The same images for the same seed."""
+    rng, pixels = chance(SHAPES, seed), np.empty((total, side, side, 3), np.uint8)
+    labels = rng.integers(10, size=total)
+    corners = [(30, 1), (3, 0.5), (4, 0.71), (5, 0.45), (4, 0.3)]  # how many; how far in the edge comes between two
+    for label, picture in zip(labels, pixels, strict=True):
+        ground, colour = (tuple(rng.integers(low, high, 3).tolist()) for low, high in ((0, 150), (100, 256)))
+        points, inner = corners[label % 5]
+        angle = rng.uniform(0, 2 * np.pi) + np.pi * np.arange(2 * points) / points
+        radius = side * rng.uniform(1.2, 1.9) * np.where(np.arange(2 * points) % 2, inner, 1)
+        edge = 4 * side * rng.uniform(0.35, 0.65, 2) + (radius * [np.cos(angle), np.sin(angle)]).T
+        image = Image.new("RGB", (4 * side, 4 * side), ground)  # drawn four times as large, for soft edges
+        ImageDraw.Draw(image).polygon(edge.ravel().tolist(), colour if label < 5 else None, colour, width=side // 2)
+        picture[:] = image.resize((side, side), Image.Resampling.BOX)
+    names = [f"{how} {name}" for how in ("filled", "outlined") for name in "disc triangle square star cross".split()]
+    return Images(pixels, labels, names)
 
 
 # ---- from images to batches
 
+def random_crop(size: tuple[int, int], smallest: float, randaugment: float = 0.0) -> v2.Transform:
+    """What a network sees in training: a crop of at least `smallest` of the image's area, as wide as high to 4:3 or 3:4
+    (times the aspect of `size`), mirrored or not, then RandAugment; uint8 3 h w -> 3 and `size`."""
+    aspect, bicubic = size[1] / size[0], v2.InterpolationMode.BICUBIC
+    steps = [v2.RandomResizedCrop(size, (smallest, 1.0), (3 / 4 * aspect, 4 / 3 * aspect), bicubic),
+             v2.RandomHorizontalFlip()]
+    return v2.Compose(steps + [RandAugment(randaugment)] * (randaugment > 0))
+
+
 @dataclass
-class Decoder(Dataset):
-    """What worker processes do: a request (numbers of images B, numbers of chance B NUMBERS) -> their views as bytes
-    B C h w, the images that are in them, complaints. An image that cannot be read is replaced by the next one."""
+class CentreCrop:
+    """What it sees in evaluation: the image resized until `size` is `part` of its tighter side (timm's crop_pct), and
+    of that the centre; uint8 3 h w -> 3 and `size`."""
+    size: tuple[int, int]
+    part: float = 1.0
+
+    def __call__(self, image: Tensor) -> Tensor:
+        scale = max(int(new / self.part) / old for new, old in zip(self.size, image.shape[1:], strict=True))
+        resized = [max(1, int(old * scale + 1e-6)) for old in image.shape[1:]]
+        return v2.functional.center_crop(v2.functional.resize(image, resized, v2.InterpolationMode.BICUBIC), self.size)
+
+
+@dataclass
+class Views(Dataset):
+    """What worker processes do: (epoch, number of an image) -> its view, uint8 3 h w; random numbers for the method,
+    `numbers` in 0..1; the number of the image that is seen; and a complaint, where that is not the one asked for.
+
+    seed   of all chance. None is evaluation: nothing is random, and an image that cannot be read is an InputError;
+           in training the next one takes its place
+    """
     images: Images
-    view: View
+    view: Callable[[Tensor], Tensor]
+    seed: int | None = None
+    numbers: int = 0
 
-    def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, np.ndarray, list[str]]:
-        views, index, complaints = [], [], []
-        for wanted, numbers in zip(*request, strict=True):
-            for i in (wanted + np.arange(50)) % len(self.images):
-                try:
-                    views.append(self.look(i, numbers[None]))
-                    index.append(i)
-                    break
-                except InputError as error:  # told by the training process: from here it would be a traceback
-                    complaints.append(str(error))
-            else:
-                return torch.empty(0), np.empty(0), [f"50 pictures in a row; {complaints[-1]}"]
-        return torch.stack(views), np.array(index), complaints
-
-    def look(self, i: int, numbers: np.ndarray) -> Tensor:
-        picture = resize(self.images.cut(i, self.view, numbers), self.view.size)
-        if self.view.flips(numbers)[0]:
-            picture = picture.flip(2)
-        if self.view.randaugment:
-            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-            image = randaugment(image, numbers[0, 23:], self.view.randaugment)
-            picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return picture
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor, int, str]:
+        epoch, wanted = place
+        if self.seed is not None:
+            torch.default_generator.manual_seed(torch_seed(IMAGE, self.seed, epoch, wanted))
+        complaint = ""
+        for i in range(wanted, wanted + 50):
+            i %= len(self.images)
+            try:
+                return self.view(self.images.open(i)), torch.rand(self.numbers), i, complaint
+            except InputError as error:
+                if self.seed is None:
+                    raise
+                complaint = complaint or str(error)
+        raise InputError(f"50 images in a row cannot be read; {complaint}")
 
 
-def views_of(images: Images, view: View, requests: Iterator, args: Namespace, world: World,
-             strict: bool = False) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """For every request (float B C h w in 0..1 on the device, numbers of the images). Images in one array are cut
-    on the device; files, and whatever needs RandAugment, come as bytes from worker processes. Raises InputError if
-    images cannot be read: with `strict` (evaluation) any, else more than 1 %, but at least 50."""
-    if isinstance(images, Packed):
-        images.items = images.items.to("cpu" if view.randaugment else world.device)
-        if not view.randaugment:
-            yield from ((images.look(index, numbers, view), index) for index, numbers in requests)
-            return
-    loader = DataLoader(Decoder(images, view), sampler=requests, batch_size=None, num_workers=args.workers,
-                        pin_memory=world.device.type == "cuda", worker_init_fn=leave_signals_alone)
-    bad, seen = set(), 0
-    try:
-        for pixels, index, complaints in loader:
-            if complaints and (strict or not len(pixels)):
-                raise InputError(complaints[0])
-            for complaint in set(complaints) - bad:
-                say(f"warning: {complaint}")
-            bad, seen = bad | set(complaints), seen + len(index)
-            if len(bad) > max(50, 0.01 * seen):
-                raise InputError(f"{len(bad)} of {seen} images cannot be read")
-            yield pixels.to(world.device, non_blocking=True).float().div_(255), np.asarray(index)
-    except (RuntimeError, ConnectionError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        raise InputError("a process that decodes images was ended by the system, as when memory or shared memory is "
-                         "short: try fewer --workers") from None
+class Batches(Iterator, AbstractContextManager):
+    """Iterator over parts of batches: pixels B 3 h w in 0..1 on the device; on the host, random numbers B n and the
+    numbers of the images B. Raises InputError if more than 1 % of the images, and at least 50, cannot be read.
+
+    waited   seconds that were spent on waiting for images
+    close    ends the worker processes; `with` calls it, and so does the end of the program
+    """
+
+    def __init__(self, views: Views, parts: Iterator[list[tuple[int, int]]], args: Namespace, world: World):
+        self.world, self.waited, self.seen, self.complaints, self.requests = world, 0.0, 0, set(), deque()
+        others = multiprocessing.active_children()
+        self.items = iter(DataLoader(
+            views, batch_sampler=in_requests(parts, self.requests), num_workers=args.workers,
+            pin_memory=args.device == "cuda", worker_init_fn=leave_signals_alone,
+            generator=torch.Generator()))  # of its own, for it draws a number that nobody needs
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        self.close = weakref.finalize(self, end_processes, workers)
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def __next__(self) -> tuple[Tensor, Tensor, Tensor]:
+        begin, answers = time.monotonic(), [self.answer()]
+        while len(answers) < self.requests[0]:
+            answers.append(self.answer())
+        self.requests.popleft()
+        self.waited += time.monotonic() - begin
+        pixels, numbers, index = zip(*answers, strict=True)
+        return torch.cat([*map(self.world.send, pixels)]).float().div_(255), torch.cat(numbers), torch.cat(index)
+
+    def answer(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a worker has made of one request."""
+        try:
+            pixels, numbers, index, complaints = next(self.items)
+        except InputError as error:  # from a worker it comes at the end of a traceback
+            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+        except (RuntimeError, ConnectionError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise InputError("a process that decodes images was ended by the system, as when memory or shared memory "
+                             "is short: try fewer --workers") from None
+        for complaint in set(complaints) - self.complaints - {""}:
+            say(f"warning: {complaint}")
+            self.complaints.add(complaint)
+        self.seen += len(index)
+        if len(self.complaints) > max(50, 0.01 * self.seen):
+            raise InputError(f"{len(self.complaints)} of {self.seen} images cannot be read")
+        return pixels, numbers, index
 
 
-def leave_signals_alone(worker: int) -> None:
-    """In a worker: Ctrl-C and torchrun's SIGTERM reach the whole group, but what follows is the training process's
-    decision. A second SIGTERM ends a worker: that is how it is ended if it does not end by itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+def in_requests(parts: Iterator[list], requests: deque) -> Iterator[list]:
+    """Cuts parts of batches into requests to workers, whose answers must fit into shared memory, and notes how many."""
+    for part in parts:
+        cut = [part[i:i + 128] for i in range(0, len(part), 128)]
+        requests.append(len(cut))
+        yield from cut
 
 
-def requests(count: int, view: View, args: Namespace, world: World, first: int, last: int) -> Iterator[tuple]:
-    """What this process looks at from step `first` to `last`, part by part: (numbers of images, numbers of chance).
-    Order and chance are drawn for the whole batch from (seed, epoch) and (seed, step), and cut to this process's rows:
-    neither resuming nor the number of processes or workers changes them."""
-    parts, batch, steps = parts_of_batch(args, world), args.batch_size, count // args.batch_size
-    rows = world.rows(batch)
+def in_order(views: Views, args: Namespace, world: World) -> Batches:
+    """Every image once, divided among the processes without padding."""
+    mine = [(0, i) for i in range(world.rank, len(views.images), world.size)]
+    return Batches(views, (mine[i:i + args.micro_batch] for i in range(0, len(mine), args.micro_batch)), args, world)
+
+
+def in_random_order(total: int, args: Namespace, world: World, first: int, last: int) -> Iterator[list]:
+    """Lists of (epoch, image) for this process, part by part, from the step after `first` to step `last`."""
+    batch, parts = args.batch_size, parts_of_batch(args, world)
     for step in range(first, last):
-        epoch, place = divmod(step, steps)
+        epoch, place = divmod(step, total // batch)
         if place == 0 or step == first:
-            order = chance(args.seed, ORDER, epoch).permutation(count)
-        index = np.tile(order[place * batch:(place + 1) * batch][rows], (view.count, 1))
-        numbers = uniform((view.count, batch, View.NUMBERS), args.seed, CROPS, step)[:, rows]
-        for i, n in zip(np.split(index, parts, axis=1), np.split(numbers, parts, axis=1), strict=True):
-            yield i.reshape(-1), n.reshape(-1, View.NUMBERS)
+            order = chance(ORDER, args.seed, epoch).permutation(total)
+        mine = order[place * batch:(place + 1) * batch].reshape(world.size, parts, -1)[world.rank]
+        yield from ([(epoch, i) for i in part] for part in mine.tolist())
 
 
-class Batches:
-    """Iterator over the parts of all batches from step `first` to `last`: (float B C h w in 0..1, numbers of the
-    images). `waited` is the time in seconds that training has spent on waiting for them."""
-
-    def __init__(self, images: Images, view: View, args: Namespace, world: World, first: int, last: int):
-        if len(images) < args.batch_size:
-            raise InputError(f"--data {args.data} has {len(images)} images, less than one batch of {args.batch_size}: "
-                             f"give --batch-size {len(images)} or less")
-        if dist.is_initialized():
-            seen = [None] * world.size
-            dist.all_gather_object(seen, (first, len(images)))
-            if len(set(seen)) > 1:
-                raise InputError("the processes see different checkpoints or images: --out and --data must be the "
-                                 "same on all machines")
-        self.first, self.last, self.steps_per_epoch = first, last, len(images) // args.batch_size
-        self.waited = 0.0
-        self.views = views_of(images, view, requests(len(images), view, args, world, first, last), args, world)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> tuple[Tensor, np.ndarray]:
-        start = time.perf_counter()
-        item = next(self.views)
-        self.waited += time.perf_counter() - start
-        return item
-
-
-def in_order(images: Images, view: View, args: Namespace, world: World,
-             strict: bool = True) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Every image once, divided among the processes without padding: in parts as `Batches` gives them.
-    strict: an image that cannot be read is an InputError, not replaced by the next."""
-    mine = np.arange(world.rank, len(images), world.size)
-    requests = ((index, np.zeros((len(index), View.NUMBERS), np.float32))
-                for index in (mine[i:i + args.micro_batch] for i in range(0, len(mine), args.micro_batch)))
-    return views_of(images, view, requests, args, world, strict)
+def parts_of_batch(args: Namespace, world: World) -> int:
+    """Into how many parts a process cuts its rows of a batch. Raises InputError if that leaves a remainder."""
+    rows, rest = divmod(args.batch_size, world.size)
+    parts = math.ceil(rows / args.micro_batch)
+    if rest or rows == 0 or rows % parts:
+        raise InputError(f"--batch-size {args.batch_size} is not processes x parts x images: {world.size} processes "
+                         f"x {parts} parts (--micro-batch {args.micro_batch}) x a whole number of images")
+    return parts
 
 
 def normalizer(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -1142,265 +919,263 @@ def normalizer(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
     return lambda images: (images - mean) / std
 
 
-# ---- checkpoints out
+# ---- a run: schedule, checkpoints, log
 
 # What may differ between a run and its continuation: nothing that changes what is learned. Another --data means the
 # same images elsewhere; their number is compared.
-FREE_ON_RESUME = ("data", "data_root", "download", "out", "resume", "workers", "device", "micro_batch", "compile",
-                  "save_minutes", "log_every")
+FREE_ON_RESUME = ("data", "data_root", "download", "out", "resume", "workers", "device", "compile", "save_minutes",
+                  "log_every")
 
 
-def open_run(args: Namespace, method: str) -> tuple[Path, dict | None]:
-    """The folder of this run, which becomes args.out, and the checkpoint to continue from or None.
-
-    Raises InputError if --out holds a run already, or if what --resume names is not there, not readable, of another
-    method, or was made with other settings. Nothing is written yet.
-    """
-    checkpoint = None if args.resume is None else find_checkpoint(args)
-    if checkpoint is not None:
-        if checkpoint.get("method") != method:
-            raise InputError(f"--resume: the file is of {checkpoint.get('method', 'something else')}, not of {method}")
-        old = checkpoint["args"]
-        changed = [f"{name} {old.get(name)} -> {value}" for name, value in vars(args).items()
-                   if name not in FREE_ON_RESUME and old.get(name) != value]
-        if changed:
-            raise InputError(f"--resume: settings differ from the run's: {', '.join(changed)}")
-    elif args.out is None:  # runs/mae-demo, runs/mae-demo-2, ...
-        args.out, number = f"runs/{method}-{args.recipe}", 2
-        while Path(args.out, "args.json").exists():
-            args.out, number = f"runs/{method}-{args.recipe}-{number}", number + 1
-    elif args.resume is None and Path(args.out, "args.json").exists():
-        raise InputError(f"--out {args.out} holds a run already: continue it by --resume, or choose another folder")
-    return Path(args.out), checkpoint
+def cosine(epoch: float, peak: float, low: float, warmup: float, epochs: float) -> float:
+    """Learning rate: 0 -> peak linearly over `warmup` epochs, then half a cosine down to `low` (MAE, lr_sched)."""
+    if epoch < warmup:
+        return peak * epoch / warmup
+    return low + (peak - low) / 2 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
-def find_checkpoint(args: Namespace) -> dict | None:
-    """What --resume names: last.pth, or prev.pth if that is unreadable. Sets args.out where it was not given.
-    A bare --resume on a folder without checkpoints starts afresh, and says so."""
-    if not args.resume and args.out is None:
-        raise InputError("--resume needs --out, or the path of the run")
-    path = Path(args.resume or args.out)
-    folder, names = (path.parent, [path.name]) if path.is_file() else (path, ["last.pth", "prev.pth"])
-    args.out = args.out or str(folder)
-    files = [folder / name for name in names if (folder / name).exists()]
-    for file in files:
-        try:
-            content = load_file(str(file))
-            return content if isinstance(content, dict) else {}
-        except InputError as error:
-            say(f"warning: {error}")
-    if files or args.resume:
-        raise InputError(f"--resume: no {'readable checkpoint in' if files else 'checkpoint there:'} {path}")
-    say(f"no checkpoint in {path}: a new run starts")
-    return None
-
-
-def write_file(content: dict, path: Path, previous: Path | None = None) -> None:
-    """Writes aside, flushes, renames: a file under its name is whole. What was there before becomes `previous`.
-    Raises InputError, and leaves everything as it was, if the disk is full or the folder is gone."""
+def write_file(content: dict, path: Path) -> None:
+    """Writes aside, flushes, renames: a file under its name is whole, or still the one before.
+    Raises InputError if the disk is full or the folder is gone."""
     aside = path.with_name(path.name + ".new")
     try:
         with open(aside, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         aside.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written: {error}") from None
 
 
-def save_checkpoint(out: Path, method: str, step: int, model: nn.Module, config: dict, optimizer: torch.optim.Optimizer,
-                    scaler: torch.amp.GradScaler, args: Namespace) -> None:
-    """last.pth, with all that continuing needs; the one before stays as prev.pth. Weights that are not finite are
-    never saved: raises InputError."""
-    state = model.state_dict()
-    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise InputError(f"step {step}: {broken[0]} and {len(broken) - 1} more are not finite; nothing was saved")
-    write_file(dict(method=method, model=state, config=config, optimizer=optimizer.state_dict(),
-                    scaler=scaler.state_dict(), step=step, args=vars(args)), out / "last.pth", out / "prev.pth")
+class Run:
+    """A training: its folder, schedule, checkpoint and log, and the reasons to leave it early.
 
+    `for step in run.steps(batches)` sets the learning rate; after the step it looks, logs and saves. A look is what all
+    processes do together after the same step: they add up the losses, and learn whether one of them got a signal and
+    when to look next. No other step waits for the device.
 
-def load_checkpoint(checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
-                    scaler: torch.amp.GradScaler) -> int:
-    """Puts a checkpoint's state into place; returns the number of steps done."""
-    model.load_state_dict(checkpoint["model"])
-    for group in checkpoint["optimizer"]["param_groups"]:  # of this device, not of the file's
-        group["fused"] = optimizer.param_groups[0].get("fused")
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"]
-
-
-# ---- the log
-
-class Log:
-    """One bar, log.jsonl, and the two reasons to leave a run early: a signal, and a loss that is not finite.
-
-    The values of a step are summed over the processes on the device, and read one step later, when they have arrived
-    by themselves: no step waits for the device, and all processes leave after the same one.
+    network   the part of the model that is handed on: written as encoder.pth or, with classes, as model.pth
+    first, last, per_epoch   steps that are done already, that there will be in all, and in an epoch
+    parts     into which a process cuts its rows of a batch
     """
 
-    def __init__(self, args: Namespace, out: Path, world: World, loader: Batches):
-        self.args, self.world, self.loader = args, world, loader
-        self.pending, self.signal, self.leave = None, 0, False
-        self.sums, self.count, self.waited = {}, 0, 0.0
-        self.saved = self.told = time.time()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-        self.path = out / "log.jsonl"
-        if world.main:
-            try:  # only now: a run that could not start leaves nothing behind
-                out.mkdir(parents=True, exist_ok=True)
-                (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-                kept = []
-                if loader.first and self.path.exists():  # drop what an interrupted run wrote after its last checkpoint
-                    kept = [line for line in self.path.read_text().splitlines(True)
-                            if line.endswith("}\n") and json.loads(line)["step"] <= loader.first]
-                self.path.write_text("".join(kept))
-            except OSError as error:
-                raise InputError(f"--out {out} cannot be written: {error}") from None
-        self.bar = tqdm(total=loader.last, initial=loader.first, unit="step", dynamic_ncols=True,
-                        disable=not world.main or not sys.stderr.isatty())
+    def __init__(self, method: str, args: Namespace, world: World, images: Images, model: nn.Module, network: ViT,
+                 optimizer: torch.optim.Optimizer):
+        if len(images) < args.batch_size:
+            raise InputError(f"--data {args.data} has {len(images)} images, less than one batch of {args.batch_size}: "
+                             f"give --batch-size {len(images)} or less")
+        self.method, self.args, self.world, self.main = method, args, world, world.rank == 0
+        self.model, self.network, self.optimizer = model, network, optimizer
+        self.scaler = torch.amp.GradScaler(args.device, enabled=world.precision == "fp16")
+        self.parts, self.per_epoch = parts_of_batch(args, world), len(images) // args.batch_size
+        self.first, self.last, self.lr = 0, round(args.epochs * self.per_epoch), args.blr * args.batch_size / 256
+        self.sums, self.signal = {}, 0
+        args.images = len(images)  # noted, so that a run is not continued on others
+        self.out = self.resume()
+        seen = [(self.first, args.images)] * world.size
+        if world.size > 1:
+            dist.all_gather_object(seen, seen[0])
+        if len(set(seen)) > 1:
+            raise InputError("processes see different checkpoints or images: --out and --data must be the same for all")
+
+    def resume(self) -> Path:
+        """The run's folder; with --resume, its checkpoint is put into place. Nothing is written yet.
+        Raises InputError if the folder holds another run, or the checkpoint is of one with other settings."""
+        args = self.args
+        path = Path(args.resume or args.out or f"runs/{self.method}-{args.recipe}")
+        path = path if path.is_file() else path / "last.pth"
+        out = Path(args.out) if args.out else path.parent
+        if (out / "args.json").exists() and (args.resume is None or out.resolve() != path.parent.resolve()):
+            raise InputError(f"{out} holds a run already: continue it by --out {out} --resume, or choose another --out")
+        if args.resume is None:
+            return out
+        if args.resume == "" and not path.exists():
+            say(f"no checkpoint in {out}: a new run starts")
+            return out
+        file = load_file(str(path))
+        if not isinstance(file, dict) or file.get("method") != self.method:
+            raise InputError(f"--resume: {path} is no checkpoint of {self.method}.py")
+        if changed := [f"{name} {file['args'].get(name)} -> {value}" for name, value in vars(args).items()
+                       if name not in FREE_ON_RESUME and file["args"].get(name) != value]:
+            raise InputError(f"--resume: settings differ from the run's: {', '.join(changed)}")
+        for group in file["optimizer"]["param_groups"]:  # of this device, not of the file's
+            group["fused"] = self.optimizer.param_groups[0].get("fused")
+        for name in ("model", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(file[name])
+        self.first = file["step"]
+        return out
+
+    def open_log(self) -> None:
+        """Makes the folder, args.json, and log.jsonl without what an interrupted run wrote after its checkpoint."""
+        args, log, lines = self.args, self.out / "log.jsonl", []
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+            if self.first and log.exists():
+                lines = [line for line in log.read_text().splitlines(True) if line.endswith("}\n")]
+            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.first))
+        except OSError as error:
+            raise InputError(f"--out {self.out} cannot be written: {error}") from None
+        say(f"{self.method}, recipe {args.recipe}: {args.images} images, {self.last} steps of {args.batch_size}, "
+            f"learning rate {self.lr:.3g}, {self.world.precision} on {self.world.size} x {args.device} -> {self.out}"
+            + f", resumed at step {self.first}" * (self.first > 0))
+
+    def batches(self, views: Views) -> Batches:
+        """What is still to be seen."""
+        order = in_random_order(len(views.images), self.args, self.world, self.first, self.last)
+        return Batches(views, order, self.args, self.world)
+
+    def steps(self, batches: Batches) -> Iterator[int]:
+        """Numbers of the steps to do, counted from 1. Ends the program with status 128 + signal after a signal, with 1
+        after a loss that is not finite, which is never saved."""
+        args = self.args
+        if self.main:
+            self.open_log()
+        handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=self.last, initial=self.first, unit="step", dynamic_ncols=True,
+                        disable=not self.main or not sys.stderr.isatty())
+        self.source, self.looked, self.told, self.look_at = batches, self.first, self.first, self.first + 1
+        self.looked_when = self.told_when = self.saved_when = time.monotonic()
+        try:
+            for step in range(self.first + 1, self.last + 1):
+                self.rate = cosine((step - 1) / self.per_epoch, self.lr, args.min_lr, args.warmup_epochs, args.epochs)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.rate * group["lr_scale"]
+                yield step
+                self.bar.update()
+                if step == self.look_at:
+                    self.look(step)
+            self.save(self.last)
+        finally:
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def on_signal(self, number: int, frame) -> None:
+        if number == self.signal == signal.SIGINT:
+            raise KeyboardInterrupt  # the second one does not wait
         self.signal = number
+        os.write(2, b"\nstopping at the next look\n" * self.main)  # print() may be what was interrupted
 
-    def step(self, step: int, lr: float, **losses: Tensor) -> bool:
-        """After the update that makes `step` done. True if the run is to be left. Ends the program with status 1 if
-        the loss of the step before was not finite."""
-        self.flush()
-        flag = torch.full((), float(self.signal > 0), device=self.world.device)
-        values = self.world.sum(torch.stack([*(loss.detach().float() for loss in losses.values()), flag]))
-        event = None
-        if values.is_cuda:
-            values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
-            event.record()
-        self.pending = (step, lr, time.time(), list(losses), values, event)
-        return self.leave
+    def add(self, **losses: Tensor) -> None:
+        """The losses of one more part of a batch; they stay on the device until the next look."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach().double() / self.parts
 
-    def flush(self) -> None:
-        """Reads the values that are still on their way; before anything is saved."""
-        if self.pending is None:
-            return
-        (step, lr, now, names, values, event), self.pending = self.pending, None
-        if event is not None:
-            event.synchronize()
-        *values, flag = (values / self.world.size).tolist()
-        losses = dict(zip(names, values, strict=True))
-        if not all(map(math.isfinite, values)):
-            self.bar.close()
-            if self.world.main:
-                told = ", ".join(f"{name} {value}" for name, value in losses.items())
-                say(f"step {step}: {told} at learning rate {lr:.3g}; what is saved is from before. A lower --blr or "
-                    "--precision fp32 may help")
-            sys.exit(1)
-        self.leave = flag > 0
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-        self.bar.update()
-        if step % self.args.log_every == 0 or step == self.loader.last:
-            self.tell(step, lr, now)
-
-    def tell(self, step: int, lr: float, now: float) -> None:
-        """Writes the means since the last record; `now` is when the step was done."""
-        seconds = max(now - self.told, 1e-9)
-        record = dict(step=step, epoch=round(step / self.loader.steps_per_epoch, 4),
-                      **{name: value / self.count for name, value in self.sums.items()}, lr=lr,
-                      images_per_s=round(self.count * self.args.batch_size / seconds, 1),
-                      waiting=round((self.loader.waited - self.waited) / seconds, 3),
-                      eta_s=round((self.loader.last - step) * seconds / self.count))
-        if self.world.device.type == "cuda":
-            record["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        self.sums, self.count, self.told, self.waited = {}, 0, now, self.loader.waited
-        self.write(record)
-        shown = {name: f"{record[name]:.4g}" for name in record if name not in ("step", "epoch", "eta_s", "waiting")}
-        self.bar.set_postfix(shown, refresh=False)
-        if self.bar.disable and self.world.main:
-            say(f"step {step}/{self.loader.last}  " + "".join(f"{name} {value}  " for name, value in shown.items())
-                + f"eta {record['eta_s']} s")
-
-    def write(self, record: dict) -> None:
-        """One more line in log.jsonl, in strict JSON: what is not finite is null there."""
-        if self.world.main:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(finite) + "\n")
-            except OSError as error:  # a lost line is no reason to lose the training
-                say(f"warning: {self.path}: {error}")
-
-    def save_due(self) -> bool:
-        """Whether the main process is to save now: the time between checkpoints is over, and the loss is finite. (If
-        it is not, all processes will leave together in their next step.)"""
-        if not self.world.main or time.time() - self.saved < 60 * self.args.save_minutes:
-            return False
-        *_, values, event = self.pending
-        if event is not None:
-            event.synchronize()
-        if not values.isfinite().all():
-            return False
-        self.saved = time.time()
-        return True
-
-    def finish(self, save: Callable[[int], None], step: int) -> None:
-        """The last checkpoint. Ends the program with status 128 + signal if a signal ended the run."""
-        self.flush()
-        if self.world.main:
-            save(step)
-        self.bar.close()
-        self.loader.views.close()  # ends the worker processes
-        if self.leave:
-            if dist.is_initialized():
+    def look(self, step: int, save: bool = False) -> None:
+        """What all processes do together after `step`: on a CPU every step, else at most 5 seconds and 10 steps apart,
+        as the main process decides. What is saved is logged before."""
+        args, now, every = self.args, time.monotonic(), self.args.log_every
+        ahead = 1 if args.device == "cpu" else max(1, min(10, int(5 * (step - self.looked) / (now - self.looked_when))))
+        due = self.main and now - self.saved_when > 60 * args.save_minutes
+        flags = torch.tensor([self.signal > 0, save or due, ahead * self.main], device=self.world.device).double()
+        *sums, stop, save, ahead = self.world.sum(torch.stack([*self.sums.values(), *flags])).tolist()
+        summed = self.world.size * (step - self.told)
+        losses = {name: value / summed for name, value in zip(self.sums, sums, strict=True)}
+        self.looked, self.looked_when = step, now
+        self.look_at = min(step + int(ahead), step + every - step % every, self.last)
+        if not all(map(math.isfinite, sums)):
+            if self.main:
+                say(f"step {step}: {losses} at learning rate {self.rate:.3g}; what is saved is from before. A lower "
+                    "--blr or --precision fp32 may help")
+            raise SystemExit(1)
+        if stop or save or step % every == 0 or step == self.last:
+            self.tell(step, losses)
+        if stop or save:
+            self.save(step)
+        if stop:
+            if self.world.size > 1:
                 dist.barrier()  # torchrun ends the rest soon after the first process is gone
-            number = self.signal or signal.SIGTERM
-            if self.world.main:
-                say(f"stopped by {signal.Signals(number).name} and saved; --resume continues")
-            sys.exit(128 + number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing can be lost from here on
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self.main:
+                say("stopped by a signal and saved; --resume continues")
+            raise SystemExit(128 + (self.signal or signal.SIGTERM))
+
+    def tell(self, step: int, losses: dict[str, float]) -> None:
+        """Writes the means of the losses since the last record, with speed, share of waiting and time to go."""
+        now, steps = time.monotonic(), step - self.told
+        seconds = now - self.told_when
+        speed = dict(lr=self.rate, images_per_s=round(steps * self.args.batch_size / seconds, 1),
+                     waiting=round(self.source.waited / seconds, 3), eta_s=round((self.last - step) * seconds / steps))
+        if self.args.device == "cuda":
+            speed["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.write(step, epoch=round(step / self.per_epoch, 4), **losses, **speed)
+        self.sums, self.told, self.told_when, self.source.waited = {}, step, now, 0.0
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in (losses | speed).items() if name != "waiting")
+        self.bar.set_postfix_str(shown, refresh=False)
+        if self.bar.disable and self.main:
+            say(f"step {step}/{self.last}  {shown}")
+
+    def write(self, step: int, **values: float) -> None:
+        """One more line in log.jsonl, in strict JSON: what is not finite is null there."""
+        record = {name: value if math.isfinite(value) else None for name, value in dict(step=step, **values).items()}
+        try:
+            if self.main:
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a lost line is no reason to lose the training
+            say(f"warning: {self.out}/log.jsonl: {error}")
+
+    def save(self, step: int) -> None:
+        """last.pth, with all that continuing needs, and the network that is handed on. Raises InputError in all
+        processes, and saves nothing, if weights are not finite."""
+        state, args, config = self.model.state_dict(), self.args, self.network.config
+        if broken := [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]:
+            raise InputError(f"step {step}: {broken[0]} and {len(broken) - 1} more are not finite; nothing was saved")
+        self.saved_when = time.monotonic()
+        if self.main:
+            write_file(dict(method=self.method, step=step, args=vars(args), model=state, scaler=self.scaler.state_dict(),
+                            optimizer=self.optimizer.state_dict()), self.out / "last.pth")
+            weights = {name: x for name, x in self.network.state_dict().items()
+                       if config["classes"] or not name.startswith("head.")}  # where MoCo has its projector
+            write_file(dict(model=weights, config=dict(config, mean=list(args.mean), std=list(args.std))),
+                       self.out / ("model.pth" if config["classes"] else "encoder.pth"))
 
 
 # ---- labels: augmentation and evaluation
 
-def randaugment(image: Image.Image, numbers: np.ndarray, magnitude: float) -> Image.Image:
-    """timm's `rand-m<magnitude>-mstd0.5-inc1`: two operations of fifteen, each done with probability one half at a
-    level N(magnitude, 0.5) in 0..10. Not torchvision's RandAugment, whose magnitude 9 is a third of this one's.
+@dataclass
+class RandAugment:
+    """timm's `rand-m<magnitude>-mstd0.5-inc1` of an image, uint8 3 h w: two operations of fifteen, each done with
+    probability one half, at a level N(magnitude, 0.5) in 0..10. Not torchvision's RandAugment, whose magnitude 9 is a
+    third of this one's."""
+    magnitude: float
 
-    numbers   8 in [0, 1): operation, whether, level, sign; twice
-    """
+    def __call__(self, image: Tensor) -> Tensor:
+        for _ in range(2):
+            whether, number, sign = torch.rand(3).tolist()
+            level = min(max(self.magnitude + 0.5 * torch.randn(()).item(), 0.0), 10.0)
+            if whether < 0.5:
+                changed = operation(int(number * 15), v2.functional.to_pil_image(image), level, sign < 0.5)
+                image = v2.functional.pil_to_tensor(changed)
+        return image
+
+
+def operation(number: int, image: Image.Image, m: float, up: bool) -> Image.Image:
+    """One of the fifteen, at level m in 0..10; those with two directions go up or down."""
     grey = (124, 116, 104)  # ImageNet's mean colour fills what an operation uncovers
-    for which, whether, level, sign in numbers.reshape(2, 4).tolist():
-        if whether >= 0.5:
-            continue
-        m = min(max(NormalDist(magnitude, 0.5).inv_cdf(min(max(level, 1e-6), 1 - 1e-6)), 0.0), 10.0)
-        s = m if sign < 0.5 else -m
-        w, h = image.size
+    (w, h), s = image.size, m if up else -m
 
-        def affine(*matrix):
-            return image.transform((w, h), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=grey)
-        image = (
-            lambda: ImageOps.autocontrast(image),
-            lambda: ImageOps.equalize(image),
-            lambda: ImageOps.invert(image),
-            lambda: image.rotate(3 * s, Image.Resampling.BICUBIC, fillcolor=grey),
-            lambda: image.point([i & (256 - 2 ** (4 + int(0.4 * m))) for i in range(256)] * 3),  # keep 4..0 bits
-            lambda: ImageOps.solarize(image, 256 - int(25.6 * m)),
-            lambda: image.point([i + int(11 * m) if i < 128 else i for i in range(256)] * 3),
-            lambda: ImageEnhance.Color(image).enhance(1 + 0.09 * s),
-            lambda: ImageEnhance.Contrast(image).enhance(1 + 0.09 * s),
-            lambda: ImageEnhance.Brightness(image).enhance(1 + 0.09 * s),
-            lambda: ImageEnhance.Sharpness(image).enhance(1 + 0.09 * s),
-            lambda: affine(1, 0.03 * s, 0, 0, 1, 0),
-            lambda: affine(1, 0, 0, 0.03 * s, 1, 0),
-            lambda: affine(1, 0, 0.045 * s * w, 0, 1, 0),
-            lambda: affine(1, 0, 0, 0, 1, 0.045 * s * h),
-        )[int(which * 15)]()
-    return image
+    def affine(*matrix):
+        return image.transform((w, h), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=grey)
+    return (
+        lambda: ImageOps.autocontrast(image),
+        lambda: ImageOps.equalize(image),
+        lambda: ImageOps.invert(image),
+        lambda: image.rotate(3 * s, Image.Resampling.BICUBIC, fillcolor=grey),
+        lambda: image.point([i & (256 - 2 ** (4 + int(0.4 * m))) for i in range(256)] * 3),  # keep 4..0 bits
+        lambda: ImageOps.solarize(image, 256 - int(25.6 * m)),
+        lambda: image.point([i + int(11 * m) if i < 128 else i for i in range(256)] * 3),
+        lambda: ImageEnhance.Color(image).enhance(1 + 0.09 * s),
+        lambda: ImageEnhance.Contrast(image).enhance(1 + 0.09 * s),
+        lambda: ImageEnhance.Brightness(image).enhance(1 + 0.09 * s),
+        lambda: ImageEnhance.Sharpness(image).enhance(1 + 0.09 * s),
+        lambda: affine(1, 0.03 * s, 0, 0, 1, 0),
+        lambda: affine(1, 0, 0, 0.03 * s, 1, 0),
+        lambda: affine(1, 0, 0.045 * s * w, 0, 1, 0),
+        lambda: affine(1, 0, 0, 0, 1, 0.045 * s * h),
+    )[number]()
 
 
 def random_erasing(images: Tensor, probability: float) -> Tensor:
@@ -1419,46 +1194,46 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
 
 def mixing(mixup: float, cutmix: float, classes: int) -> v2.Transform | None:
     """MixUp and CutMix of a batch by these alphas, one of the two by chance if both are on; None if neither is."""
-    kinds = [kind(alpha=alpha, num_classes=classes)
-             for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
-    return v2.RandomChoice(kinds) if kinds else None
+    both = [how(alpha=alpha, num_classes=classes) for how, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+    return v2.RandomChoice(both) if both else None
 
 
-def balanced(images: Images, count: int, seed: int) -> Images:
-    """`count` images drawn by chance, as many of each class as there can be. Raises InputError if there are fewer."""
-    if count > len(images):
-        raise InputError(f"--labels {count}: there are {len(images)} labelled images")
-    order = chance(seed, LABELS, 0).permutation(len(images))
+def balanced(images: Images, total: int, seed: int) -> Images:
+    """`total` images drawn by chance, as many of each class as there can be. Raises InputError if there are fewer."""
+    if total > len(images):
+        raise InputError(f"--labels {total}: there are {len(images)} labelled images")
+    order = chance(LABELS, seed).permutation(len(images))
     by_class = [order[images.labels[order] == label] for label in range(len(images.classes))]
     in_turn = [i for one_of_each in zip_longest(*by_class) for i in one_of_each if i is not None]
-    return images.subset(np.array(in_turn[:count]))
+    return images.subset(np.array(in_turn[:total]))
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images, view: View, normalize: Callable, args: Namespace,
-             world: World) -> dict[str, float]:
+def evaluate(model: nn.Module, images: Images, view: Callable[[Tensor], Tensor], normalize: Callable[[Tensor], Tensor],
+             args: Namespace, world: World) -> dict[str, float]:
     """Top-1 and top-5 accuracy in % and mean cross-entropy; each image counts once on any number of processes."""
     model.eval()
-    if dist.is_initialized():  # BatchNorm's statistics are those of each process's share: judge the ones that are saved
+    if world.size > 1:  # BatchNorm's statistics are those of each process's rows: judge the ones that are saved
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for pixels, index in in_order(images, view, args, world):
-        labels = sent(images.labels[index], world.device)
-        with autocast(args):
-            logits = model(normalize(pixels))
-        logits = logits.float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        totals += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum"),
-                               torch.tensor(len(labels), device=world.device)])
+    with in_order(Views(images, view), args, world) as batches:
+        for pixels, _, index in batches:
+            labels = world.send(torch.from_numpy(images.labels[index.numpy()]))
+            with world.autocast():
+                logits = model(normalize(pixels))
+            logits = logits.float()
+            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            totals += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum"),
+                                   torch.tensor(len(labels), device=world.device)])
     model.train()
-    top1, top5, loss, count = world.sum(totals).tolist()
-    return dict(top1=100 * top1 / count, top5=100 * top5 / count, val_loss=loss / count, val_images=int(count))
+    top1, top5, loss, seen = world.sum(totals).tolist()
+    return dict(top1=100 * top1 / seen, top5=100 * top5 / seen, val_loss=loss / seen, val_images=int(seen))
 
 
 def print_result(result: dict[str, float], world: World) -> None:
     """The one line on stdout: what `evaluate` found."""
-    if world.main:
+    if world.rank == 0:
         try:
             print("  ".join(f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}"
                             for name, value in result.items()), flush=True)

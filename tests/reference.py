@@ -37,6 +37,23 @@ def evaluate(golden: dict) -> dict:
     raise ValueError(f"no script of ours computes {golden['method']!r}")
 
 
+def assert_meets(ours, expected, rtol: float = 1e-6, absent: frozenset | set = frozenset(), where: str = "") -> None:
+    """Every value of a golden file is there and equal, but for the keys in `absent`: facts about other computations."""
+    if isinstance(expected, dict):
+        for key in expected.keys() - absent:
+            assert key in ours, f"{where}/{key} is missing"
+            assert_meets(ours[key], expected[key], rtol, absent, f"{where}/{key}")
+    elif isinstance(expected, list) and expected and isinstance(expected[0], (str, dict)):
+        assert len(ours) == len(expected), where
+        for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
+            assert_meets(a, b, rtol, absent, f"{where}/{i}")
+    elif isinstance(expected, (str, bool)):
+        assert ours == expected, where
+    else:
+        ours, expected = torch.tensor(ours, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+        torch.testing.assert_close(ours, expected, rtol=rtol, atol=1e-9, msg=lambda m: f"{where}: {m}")
+
+
 # ---- the convention of the golden files
 
 def value_for(name: str, tensor: Tensor) -> Tensor:
