@@ -25,12 +25,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit import (COMMON_OPTIONS, COUNT, IMAGENET_MEAN, IMAGENET_STD, NOT_NEGATIVE, SHARE, SIZES, Batches, Images,
-                 InputError, Log, View, ViT, World, apply_recipe, autocast, balanced, cosine, encoder_options,
-                 evaluate, gradients_shared, in_order, launch, load_checkpoint, load_encoder, mixing, normalizer,
-                 open_images, open_run, param_groups, parse_args, parts_of_batch, print_result, random_erasing,
-                 read_encoder, recipe_for, reseed, save_checkpoint, say, sent, set_lr, start_processes,
-                 vit_options, wrap, write_file)
+from vit import (IMAGENET_MEAN, IMAGENET_STD, SIZES, InputError, ViT, encoder_options, load_encoder, param_groups,
+                 read_encoder)
 
 # -------------------------------------------------------------------- the method
 
@@ -80,6 +76,9 @@ def knn_hits(features: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor
 
 
 # -------------------------------------------------------------------- the recipe
+from vit import (STEP, CentreCrop, Images, Run, Views, World, amount, balanced, common_options, count, default_recipe,
+                 evaluate, in_order, launch, mixing, normalizer, on_command_line, open_images, print_result,
+                 random_crop, random_erasing, say, share, start, torch_seed, vit_options, within)
 
 # MAE-Lite's improved recipe (projects/eval_tools/finetuning_exp.py); layer decay 0.75 for small (SMALL.md).
 LIGHT = dict(
@@ -125,44 +124,71 @@ RECIPES = {
     "demo-linear": dict(DEMO, **{name: PROBE[name] for name in ("optimizer", "pool", "min_lr", "weight_decay",
                         "layer_decay")}, blr=2.0, smoothing=0.0, batch_size=100),
 }
-OPTIONS = {
-    "method": {
-        "protocol": (str, ("finetune", "linear", "knn"), "finetune, linear or knn [finetune]"),
-        "init": (str, None, "weights: encoder.pth of any of the scripts, or an official file; without: from scratch"),
-        "eval": (bool, None, "evaluate the classifier in --init, and nothing else"),
-        "labels": (int, COUNT, "labelled training images in total, balanced over the classes; else all"),
-        "reuse": (int, NOT_NEGATIVE, "use only so many pre-trained blocks, from the first; the rest start afresh"),
-        "pool": (str, ("cls", "mean"), "features: cls (class token) or mean (of the patches)"),
-        "eval_every": (int, COUNT, "epochs between evaluations"),
-    },
-    "optimisation": {
-        "optimizer": (str, ("adamw", "sgd", "lars"), "adamw, sgd (Nesterov momentum 0.9) or lars"),
-        "layer_decay": (float, SHARE, "factor of the learning rate from block to block downwards; from scratch 1"),
-        "clip_grad": (float, NOT_NEGATIVE, "maximum gradient norm; 0: no clipping"),
-    },
-    "regularisation": {
-        "drop_path": (float, SHARE, "rate of stochastic depth in the last block, growing from 0"),
-        "smoothing": (float, SHARE, "of the labels"),
-        "mixup": (float, NOT_NEGATIVE, "alpha of MixUp; 0: none"),
-        "cutmix": (float, NOT_NEGATIVE, "alpha of CutMix; 0: none"),
-        "erasing": (float, SHARE, "probability of random erasing"),
-        "randaugment": (float, (0, 10), "magnitude of timm's RandAugment, 0 to 10; 0: none"),
-        "crop_min": (float, SHARE, "smallest share of an image's area in a random crop"),
-        "centre": (float, (0.01, 1), "share of the shorter side that is seen in evaluation"),
-    },
-}
+# The recipe without --recipe on large images, {(protocol, width of the network): recipe}; other widths: as the first.
+CHOICES = {("finetune", 192): "imagenet", ("finetune", 384): "imagenet-small", ("finetune", 768): "imagenet-base",
+           ("finetune", 1024): "imagenet-large", ("finetune", 1280): "imagenet-huge"}
+LINEAR = {"demo": "demo-linear", "cifar": "cifar-linear"}  # the recipe of the probe for another; else imagenet-linear
 
 
-def choose_recipe(args: Namespace, images: Images, weights: tuple[dict, dict] | None) -> str:
-    """The recipe for the data, the protocol and, where the image is large, the size of the network."""
-    name = recipe_for(args, images)
-    if args.protocol == "linear":
-        return name if name.endswith("-linear") else f"{name.split('-')[0].replace('transfer', 'imagenet')}-linear"
-    if args.recipe is None and name == "imagenet":
-        width = weights[1]["width"] if weights else SIZES[args.model or "tiny"]["width"]
-        sizes = {SIZES[size]["width"]: f"imagenet-{size}" for size in ("small", "base", "large", "huge")}
-        return sizes.get(width, name)
-    return name
+def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | None]:
+    """The command line, and what `read_encoder` gives for --init, or None. What is on neither the command line nor in
+    the file comes from the recipe. Raises InputError for options that need another, or contradict the file."""
+    parser = common_options(__doc__, RECIPES)
+    add = parser.add_argument_group("method").add_argument
+    add("--protocol", choices=["finetune", "linear", "knn"], default="finetune", help="what is trained")
+    add("--init", help="weights: encoder.pth of any of the scripts, or an official file; without: from scratch")
+    add("--eval", action="store_true", help="evaluate the classifier in --init, and nothing else")
+    add("--labels", type=count, help="labelled training images in total, balanced over the classes; else all")
+    add("--reuse", type=within(0, kind=int), help="use only so many pre-trained blocks; the rest start afresh")
+    add("--pool", choices=["cls", "mean"], help="features: cls (class token) or mean (of the patches)")
+    add("--eval-every", type=count, help="epochs between evaluations")
+    add("--optimizer", choices=["adamw", "sgd", "lars"], help="sgd: with Nesterov momentum 0.9")
+    add("--layer-decay", type=share, help="factor of the learning rate from block to block downwards; from scratch 1")
+    add("--clip-grad", type=amount, help="maximum gradient norm; 0: no clipping")
+    add = parser.add_argument_group("regularisation").add_argument
+    add("--drop-path", type=share, help="rate of stochastic depth in the last block, growing from 0")
+    add("--smoothing", type=share, help="of the labels")
+    add("--mixup", type=amount, help="alpha of MixUp; 0: none")
+    add("--cutmix", type=amount, help="alpha of CutMix; 0: none")
+    add("--erasing", type=share, help="probability of random erasing")
+    add("--randaugment", type=within(0, 10), help="magnitude of timm's RandAugment, 0 to 10; 0: none")
+    add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
+    add("--centre", type=within(0.01, 1), help="share of the shorter side that is seen in evaluation")
+    given = on_command_line(parser, argv)
+    if given.init is None and (given.eval or given.reuse is not None or given.protocol != "finetune"):
+        raise InputError("--eval, --reuse, --protocol linear and knn need --init, the file with the weights")
+    weights = read_encoder(given.init, given.heads) if given.init else None
+    recipe = choose_recipe(given, SIZES[given.model or "tiny"]["width"] if weights is None else weights[1]["width"])
+    parser.set_defaults(**RECIPES[recipe], recipe=recipe)
+    if weights is None:
+        parser.set_defaults(layer_decay=1.0)  # there is nothing to protect in the lower layers
+    else:
+        agree(given, *weights)
+        size = given.image_size or weights[1]["image_size"]
+        parser.set_defaults(image_size=size, mean=weights[1]["mean"], std=weights[1]["std"])
+        if np.max(size) > 224:
+            parser.set_defaults(centre=1.0)  # as timm sees larger images whole
+    return parser.parse_args(argv), weights
+
+
+def choose_recipe(given: Namespace, width: int) -> str:
+    """Its name, by the data, the protocol and, where images are large, the width of the network."""
+    name = default_recipe(given)
+    if given.protocol == "linear":
+        return name if name.endswith("-linear") else LINEAR.get(name, "imagenet-linear")
+    return CHOICES.get((given.protocol, width), name) if given.recipe is None and name == "imagenet" else name
+
+
+def agree(given: Namespace, state: dict, config: dict) -> None:
+    """Raises InputError if a flag asks for another network than the one in the file."""
+    if "dist_token" in state:
+        raise InputError(f"--init {given.init} has a distillation token: g2sd.py --stage specific --eval takes it")
+    if given.model is not None and SIZES[given.model]["width"] != config["width"]:
+        raise InputError(f"--model {given.model}: the network in --init is {config['width']} wide")
+    for name in ("width", "depth", "heads", "mlp_ratio", "patch_size", "act", "qkv_bias", "positions"):
+        if getattr(given, name) not in (None, config[name]):
+            flag = f"--{name.replace('_', '-')} {getattr(given, name)}"
+            raise InputError(f"{flag}: the network in --init has {config[name]}")
 
 
 def build(args: Namespace, weights: tuple[dict, dict] | None, classes: int) -> tuple[ViT, list[str]]:
@@ -205,133 +231,79 @@ def reused(name: str, blocks: int | None) -> bool:
     return blocks is None or not name.startswith("blocks.") or int(name.split(".")[1]) < blocks
 
 
-def make_optimizer(model: ViT, args: Namespace, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(model: ViT, args: Namespace) -> torch.optim.Optimizer:
     groups = param_groups(model, args.weight_decay, ("cls_token", "pos_embed"), args.layer_decay)
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=args.device == "cuda")
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=args.device == "cuda")
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True)
-    return LARS(groups, lr)
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    return LARS(groups)
 
 
 # -------------------------------------------------------------------- the run
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv, __doc__, RECIPES, OPTIONS)
-    args.protocol = args.protocol or "finetune"
-    check(args)
-    world = start_processes(args)
-    weights = read_encoder(args.init, args.heads) if args.init else None
-    if weights:
-        if "dist_token" in weights[0]:
-            raise InputError(f"--init {args.init} has a distillation token: g2sd.py --stage specific --eval takes it")
-        agree(args, weights[1])
-        args.image_size = args.image_size or weights[1]["image_size"]
-        args.mean, args.std = weights[1]["mean"], weights[1]["std"]
-        if args.centre is None and max(np.atleast_1d(args.image_size)) > 224:
-            args.centre = 1.0  # as timm sees larger images whole
+    args, weights = parse_args(argv)
+    world = start(args)
+    normalize = normalizer(args.mean, args.std, world.device)
     val = open_images(args, "val", labels=True)
     if args.eval:
-        apply_recipe(args, choose_recipe(args, val, weights), RECIPES)
         model = load_classifier(args, *weights, val).to(world.device)
-        normalize = normalizer(args.mean, args.std, world.device)
-        print_result(evaluate(model, val, View(model.image_size, centre=args.centre), normalize, args, world), world)
-        return
+        result = evaluate(model, val, CentreCrop(model.image_size, args.centre), normalize, args, world)
+        return print_result(result, world)
     images = open_images(args, "train", labels=True)
-    recipe = choose_recipe(args, images, weights)
-    if weights is None and args.layer_decay is None:
-        args.layer_decay = 1.0  # there is nothing to protect in the lower layers
-    apply_recipe(args, recipe, RECIPES)
     if args.labels:
         images = balanced(images, args.labels, args.seed)
     model, fresh = build(args, weights, len(images.classes))
-    config = dict(model.config, mean=list(args.mean), std=list(args.std))
-    normalize = normalizer(args.mean, args.std, world.device)
-    view = View(model.image_size, (args.crop_min, 1.0), randaugment=args.randaugment)
-    centre = View(model.image_size, centre=args.centre)
+    model.to(world.device)
     if args.protocol == "knn":
-        print_result(knn(model, images, val, centre, normalize, args, world), world)
-        return
+        return print_result(knn(model, images, val, normalize, args, world), world)
+    if world.rank == 0:
+        say(f"{args.protocol} of {len(images.classes)} classes; not pre-trained: {', '.join(fresh)}")
+    train(model, images, val, normalize, args, world)
 
-    out, checkpoint = open_run(args, "finetune")
-    wrapped = wrap(model, args, world)
-    parts, steps = parts_of_batch(args, world), len(images) // args.batch_size
-    if args.protocol == "linear" and parts > 1:
+
+def train(model: ViT, images: Images, val: Images, normalize: Callable[[Tensor], Tensor], args: Namespace,
+          world: World) -> None:
+    optimizer = make_optimizer(model, args)
+    run = Run("finetune", args, world, images, model, model, optimizer)
+    if args.protocol == "linear" and run.parts > 1:
         raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs the whole share of a process at once; "
                          f"give {args.micro_batch * world.size} or less, or raise --micro-batch to "
                          f"{args.batch_size // world.size}")
-    last, lr = round(args.epochs * steps), args.blr * args.batch_size / 256
-    optimizer = make_optimizer(model, args, lr)
-    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
-    mix = mixing(args.mixup, args.cutmix, len(images.classes))
-    loader = Batches(images, view, args, world, first, last)
-    log = Log(args, out, world, loader)
-    if world.main:
-        say(f"{args.protocol}, recipe {recipe}: {len(images)} images of {len(images.classes)} classes, {last} steps of"
-              f" {args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}\n"
-              f"not pre-trained: {', '.join(fresh)}")
-
-    def save(step: int) -> None:
-        save_checkpoint(out, "finetune", step, model, config, optimizer, scaler, args)
-        write_file(dict(model=model.state_dict(), config=config), out / "model.pth")
-
-    step = first
-    for step in range(first + 1, last + 1):
-        set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
-        total = 0.0
-        for part in range(1, parts + 1):
-            pixels, index = next(loader)
-            labels = sent(images.labels[index], world.device)
-            reseed(args.seed, step, world.rank, part)  # for mixing, erasing and stochastic depth
-            pixels = normalize(pixels)                                                  # B C h w
-            if args.erasing:
-                pixels = random_erasing(pixels, args.erasing)
-            if mix:
-                pixels, labels = mix(pixels, labels)                                    # labels become B K
-            with gradients_shared(wrapped, now=part == parts):
-                with autocast(args):
-                    logits = wrapped(pixels)                                            # B K
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing) / parts
-                scaler.scale(loss).backward()
-            total = total + loss.detach()
-        if args.clip_grad:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        if log.step(step, rate, loss=total):
-            break
-        if log.save_due():
-            save(step)
-        if step % (steps * args.eval_every) == 0 and step < last:
-            log.flush()
-            if world.main:
-                save(step)  # an evaluation may take long, or meet an image that cannot be read
-            log.write(dict(step=step, **evaluate(model, val, centre, normalize, args, world)))
-    log.finish(save, step)  # a run stopped by a signal ends here
+    wrapped, scaler = world.wrap(model, args.compile), run.scaler
+    views = Views(images, random_crop(model.image_size, args.crop_min, args.randaugment), args.seed)
+    centre, mix = CentreCrop(model.image_size, args.centre), mixing(args.mixup, args.cutmix, len(images.classes))
+    with run.batches(views) as batches:
+        for step in run.steps(batches):
+            for part in range(1, run.parts + 1):
+                pixels, _, index = next(batches)                                        # B C h w in 0..1
+                labels = world.send(torch.from_numpy(images.labels[index]))             # B
+                torch.manual_seed(torch_seed(STEP, args.seed, step, world.rank, part))  # for what draws from here on
+                pixels = normalize(pixels)
+                if args.erasing:
+                    pixels = random_erasing(pixels, args.erasing)
+                if mix:
+                    pixels, labels = mix(pixels, labels)                                # labels become B K
+                with world.share_gradients(wrapped, now=part == run.parts):
+                    with world.autocast():
+                        logits = wrapped(pixels)                                        # B K
+                    loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)
+                    scaler.scale(loss / run.parts).backward()
+                run.add(loss=loss)
+            if args.clip_grad:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if step % (run.per_epoch * args.eval_every) == 0 and step < run.last:
+                run.look(step, save=True)  # an evaluation may take long, or meet an image that cannot be read
+                run.write(step, **evaluate(model, val, centre, normalize, args, world))
     result = evaluate(model, val, centre, normalize, args, world)
-    log.write(dict(step=step, **result))
+    run.write(run.last, **result)
     print_result(result, world)
-
-
-def check(args: Namespace) -> None:
-    """Raises InputError for options that need another one."""
-    if args.init is None and (args.eval or args.reuse is not None or args.protocol != "finetune"):
-        raise InputError("--eval, --reuse, --protocol linear and knn need --init, the file with the weights")
-
-
-def agree(args: Namespace, config: dict) -> None:
-    """Raises InputError if a flag asks for another network than the one in the file."""
-    if args.model is not None and SIZES[args.model]["width"] != config["width"]:
-        raise InputError(f"--model {args.model}: the network in --init is {config['width']} wide")
-    for name in COMMON_OPTIONS["model"]:
-        if name not in ("model", "image_size") and getattr(args, name) not in (None, config[name]):
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise InputError(f"{flag}: the network in --init has {config[name]}")
 
 
 def load_classifier(args: Namespace, state: dict, config: dict, images: Images) -> ViT:
@@ -339,8 +311,7 @@ def load_classifier(args: Namespace, state: dict, config: dict, images: Images) 
     if config["classes"] != len(images.classes):
         raise InputError(f"--init {args.init} knows {config['classes']} classes, --data {args.data} has "
                          f"{len(images.classes)}")
-    size = encoder_options(config, image_size=args.image_size, pool=config["pool"], classes=config["classes"])
-    model = ViT(**size)
+    model = ViT(**encoder_options(config, image_size=args.image_size, pool=config["pool"], classes=config["classes"]))
     if "head.1.weight" in state:
         model.head = probe_head(model.width, config["classes"])
     load_encoder(model, state, config, fresh=())
@@ -348,37 +319,37 @@ def load_classifier(args: Namespace, state: dict, config: dict, images: Images) 
 
 
 @torch.no_grad()
-def features_of(model: ViT, images: Images, view: View, normalize: Callable, args: Namespace,
+def features_of(model: ViT, images: Images, normalize: Callable[[Tensor], Tensor], args: Namespace,
                 world: World) -> tuple[Tensor, Tensor]:
     """Features M D and labels M of this process's share of the images."""
-    features = [torch.empty(0, model.width, device=world.device)]
-    labels = [torch.empty(0, dtype=torch.int64, device=world.device)]  # a share may be empty
-    for pixels, index in in_order(images, view, args, world):
-        with autocast(args):
-            features.append(model.features(normalize(pixels)).float())
-        labels.append(sent(images.labels[index], world.device))
-    return torch.cat(features), torch.cat(labels)
+    features, labels = [torch.empty(0, model.width, device=world.device)], [torch.empty(0, dtype=torch.int64)]
+    with in_order(Views(images, CentreCrop(model.image_size, args.centre)), args, world) as batches:
+        for pixels, _, index in batches:  # none, where there are more processes than images
+            with world.autocast():
+                features.append(model.features(normalize(pixels)).float())
+            labels.append(torch.from_numpy(images.labels[index]))
+    return torch.cat(features), world.send(torch.cat(labels))
 
 
-def knn(model: ViT, images: Images, val: Images, view: View, normalize: Callable, args: Namespace,
+def knn(model: ViT, images: Images, val: Images, normalize: Callable[[Tensor], Tensor], args: Namespace,
         world: World) -> dict[str, float]:
     """Accuracy in % on `val`, each image counted once on any number of processes, with `images` as the bank."""
-    model.to(world.device).eval()
-    shares = features_of(model, images, view, normalize, args, world)
-    bank, bank_labels = (gathered(share, len(images), world) for share in shares)
-    features, labels = features_of(model, val, view, normalize, args, world)
-    hits = sum(knn_hits(f, l, bank, bank_labels, len(images.classes))
-               for f, l in zip(features.split(256), labels.split(256), strict=True))
+    model.eval()
+    mine = features_of(model, images, normalize, args, world)
+    bank, bank_labels = (gathered(rows, len(images), world) for rows in mine)
+    features, labels = features_of(model, val, normalize, args, world)
+    hits = sum(knn_hits(some, truth, bank, bank_labels, len(images.classes))
+               for some, truth in zip(features.split(256), labels.split(256), strict=True))
     return dict(top1=100 * world.sum(hits.double()).item() / len(val), val_images=len(val))
 
 
-def gathered(share: Tensor, total: int, world: World) -> Tensor:
+def gathered(rows: Tensor, total: int, world: World) -> Tensor:
     """The rows of all processes, in the order of the images. Shares differ by at most one row; shorter ones are
     padded for the exchange."""
     if world.size == 1:
-        return share
+        return rows
     most = -(-total // world.size)
-    padded = torch.cat([share, share.new_zeros(most - len(share), *share.shape[1:])])
+    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
     every = padded.new_empty(world.size * most, *padded.shape[1:])
     dist.all_gather_into_tensor(every, padded)
     return every.unflatten(0, (world.size, most)).transpose(0, 1).flatten(0, 1)[:total]  # in the order of the images

@@ -19,8 +19,9 @@ Letters in shape comments: B images of this process, M images of all processes, 
 """
 import copy
 import math
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -32,10 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from vit import (COUNT, IMAGENET_MEAN, IMAGENET_STD, SHARE, Batches, InputError, Log, View, ViT, World,
-                 apply_recipe, autocast, cosine, launch, load_checkpoint, normalizer, open_images, open_run,
-                 parse_args, parts_of_batch, recipe_for, save_checkpoint, say, sent, set_lr, start_processes,
-                 uniform, vit_options, wrap, write_file)
+from vit import IMAGENET_MEAN, IMAGENET_STD, InputError, ViT
 
 # -------------------------------------------------------------------- the method
 
@@ -90,19 +88,20 @@ def info_nce(q: Tensor, k: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     to their own key. The factor tau in 2 tau cancels the 1 / tau that the logits bring into the gradient."""
     with torch.autocast(q.device.type, enabled=False):
         q, k = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in (q, k))
-        logits = q @ gather(k).T / temperature                                          # B M
-        own = torch.arange(len(q), device=q.device) + len(q) * (dist.get_rank() if dist.is_initialized() else 0)
+        keys, first = gather(k)                                                         # M E
+        logits = q @ keys.T / temperature                                               # B M
+        own = first + torch.arange(len(q), device=q.device)
         return 2 * temperature * F.cross_entropy(logits, own), 100 * (logits.argmax(1) == own).float().mean()
 
 
 @torch.no_grad()
-def gather(x: Tensor) -> Tensor:
-    """B E of every process -> M E, in the order of the processes, without gradient."""
+def gather(x: Tensor) -> tuple[Tensor, int]:
+    """B E of every process -> M E, in the order of the processes, without gradient; and the first of our own rows."""
     if not dist.is_initialized():
-        return x
+        return x, 0
     every = x.new_empty(dist.get_world_size() * len(x), x.shape[1])
     dist.all_gather_into_tensor(every, x.contiguous())
-    return every
+    return every, dist.get_rank() * len(x)
 
 
 def spread(z: Tensor) -> Tensor:
@@ -139,13 +138,27 @@ def momentum_at(epoch: float, start: float, epochs: float) -> float:
     return 1 - (1 - start) / 2 * (1 + math.cos(math.pi * epoch / epochs))
 
 
-# ---- colour augmentation: on the device, for a whole batch, with separate random numbers for each image
+# ---- the two views: crops one by one, then colours on the device, for a whole batch, each image with its own
 
-COLOURS = 10  # a random stream in addition to those of vit.py
-NUMBERS = 13  # random numbers per view: jitter, 4 strengths, 4 for their order, grey, blur, its sigma, solarize
+NUMBERS = 13  # random numbers for a view: jitter, 4 strengths, 4 for their order, grey, blur, its sigma, solarize
 STRENGTH = np.array([0.4, 0.4, 0.2, 0.1], np.float32)  # of brightness, contrast, saturation, hue
 # Official values (main_moco.py): the two views differ in the probabilities of blur and solarization.
 BLUR, SOLARIZE = (1.0, 0.1), (0.0, 0.2)
+
+
+@dataclass
+class TwoViews:
+    """Two crops of an image, uint8 C height width -> 2 C h w."""
+    crop: Callable[[Tensor], Tensor]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return torch.stack([self.crop(image), self.crop(image)])
+
+
+def recolour_views(pixels: Tensor, numbers: Tensor, blur: float) -> list[Tensor]:
+    """Crops B 2 C h w in 0..1, changed in place, and on the host random numbers B 2*NUMBERS -> both views, B C h w."""
+    numbers = numbers.view(-1, 2, NUMBERS).numpy()
+    return [recolour(pixels[:, view], draw_colours(numbers[:, view], view, blur)) for view in (0, 1)]
 
 
 class Colours(NamedTuple):
@@ -171,10 +184,14 @@ def draw_colours(numbers: np.ndarray, view: int, blur: float) -> Colours:
 def recolour(images: Tensor, colours: Colours) -> Tensor:
     """B 3 h w in 0..1, changed in place. As torchvision's ColorJitter, RandomGrayscale and solarize, and as a Gaussian
     blur, image by image; but no rounding to 255 levels in between."""
+    def send(values: np.ndarray) -> Tensor:  # by way of pinned memory: else it would wait for all that a GPU has to do
+        values = torch.from_numpy(values)
+        return values.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else values
+
     def change(rows: np.ndarray, how: Callable[..., Tensor], *values: np.ndarray) -> None:
         if rows.any():
-            index = sent(rows.nonzero()[0], images.device)
-            values = [sent(v[rows].astype(np.float32), images.device).view(-1, 1, 1, 1) for v in values]
+            index = send(rows.nonzero()[0])
+            values = [send(v[rows].astype(np.float32)).view(-1, 1, 1, 1) for v in values]
             images.index_copy_(0, index, how(images.index_select(0, index), *values))
 
     for place in range(4):  # every image has its own order: at each place, every adjustment takes its images
@@ -231,6 +248,8 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------- the recipe
+from vit import (Run, Views, World, common_options, count, launch, normalizer, open_images, parse, parts_of_batch,
+                 random_crop, say, share, start, vit_options, within)
 
 RECIPES = {
     # MAE-Lite's ViT-Tiny (projects/mocov3/mocov3_exp.py); there the warmup starts at 1e-6, here at 0, and crops are
@@ -253,17 +272,19 @@ RECIPES = {
         freeze_patch=False, crop_min=0.2, blur=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         epochs=5.8, warmup_epochs=0.5, batch_size=128, micro_batch=128, blr=4e-3, min_lr=0.0, weight_decay=0.1),
 }
-OPTIONS = {
-    "method": {
-        "temperature": (float, (1e-6, 1e6), "tau: the smaller, the more the nearest keys dominate the loss"),
-        "momentum": (float, SHARE, "m at the start, for the slow weights; it rises to 1 along half a cosine"),
-        "hidden": (int, COUNT, "hidden width of projector and predictor"),
-        "projection": (int, COUNT, "width of queries and keys"),
-        "freeze_patch": (bool, None, "leave the patch projection as it was drawn"),
-        "crop_min": (float, (0.001, 1), "smallest share of an image's area in a random crop"),
-        "blur": (float, (0, 2), "largest deviation of the Gaussian blur in pixels, up to 2; 0: no blur"),
-    },
-}
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = common_options(__doc__, RECIPES)
+    add = parser.add_argument_group("method").add_argument
+    add("--temperature", type=within(1e-6, 1e6), help="tau: the smaller, the more the nearest keys dominate the loss")
+    add("--momentum", type=share, help="m at the start, for the slow weights; it rises to 1 along half a cosine")
+    add("--hidden", type=count, help="hidden width of projector and predictor")
+    add("--projection", type=count, help="width of queries and keys")
+    add("--freeze-patch", action=BooleanOptionalAction, help="leave the patch projection as it was drawn")
+    add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
+    add("--blur", type=within(0, 2), help="largest deviation of the Gaussian blur in pixels, up to 2; 0: no blur")
+    return parse(parser, argv, RECIPES)
 
 
 def build(args: Namespace) -> MoCo:
@@ -276,17 +297,17 @@ def build(args: Namespace) -> MoCo:
 def share_statistics(model: MoCo, args: Namespace, world: World) -> MoCo:
     """The model with BatchNorms that see the whole batch; torch has these for GPUs alone, so on CPUs nothing changes.
     Raises InputError if a process cannot hold its share of a batch at once."""
-    parts, share = parts_of_batch(args, world), args.batch_size // world.size
+    parts, rows = parts_of_batch(args, world), args.batch_size // world.size
     if parts > 1:
         raise InputError(f"--batch-size {args.batch_size} with --micro-batch {args.micro_batch} would come in {parts} "
-                         f"parts, but every query meets the keys of the whole batch: raise --micro-batch to {share}, "
+                         f"parts, but every query meets the keys of the whole batch: raise --micro-batch to {rows}, "
                          "take more processes, or lower --batch-size")
-    if share < 2:
+    if rows < 2:
         raise InputError(f"--batch-size {args.batch_size} leaves one image to a process: BatchNorm needs two")
     if args.device == "cuda" and dist.is_initialized():
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if world.main and world.size > 1:
-        say(f"note: without GPUs there is no SyncBatchNorm: each process normalises over its own {share} images, so "
+    if world.rank == 0 and world.size > 1:
+        say(f"note: without GPUs there is no SyncBatchNorm: each process normalises over its own {rows} images, so "
             f"the losses are not those of one process with {args.batch_size}")
     return model
 
@@ -295,70 +316,44 @@ def share_statistics(model: MoCo, args: Namespace, world: World) -> MoCo:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv, __doc__, RECIPES, OPTIONS)
-    world = start_processes(args)
+    args = parse_args(argv)
+    world = start(args)
     images = open_images(args)
-    apply_recipe(args, recipe_for(args, images), RECIPES)
-    model = share_statistics(build(args), args, world)
-    out, checkpoint = open_run(args, "moco_v3")
-    wrapped = wrap(model, args, world)
-    encoder, config = model.base_encoder, dict(model.base_encoder.config, mean=list(args.mean), std=list(args.std))
-
-    steps = len(images) // args.batch_size
-    last, lr = round(args.epochs * steps), args.blr * args.batch_size / 256
+    model = share_statistics(build(args), args, world).to(world.device)
+    encoder, normalize = model.base_encoder, normalizer(args.mean, args.std, world.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # As in the official code, biases, norms and the class token decay, too.
     groups = [dict(params=trained, lr_scale=1.0, weight_decay=args.weight_decay)]
-    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=args.device == "cuda")
-    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
-    normalize = normalizer(args.mean, args.std, world.device)
-    loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0), count=2), args, world, first, last)
-    log = Log(args, out, world, loader)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=args.device == "cuda")
+    run = Run("moco_v3", args, world, images, model, encoder, optimizer)
+    wrapped, scaler = world.wrap(model, args.compile), run.scaler
     uniform_loss = torch.tensor(4 * args.temperature * math.log(args.batch_size), device=world.device)
-    if world.main:
-        say(f"MoCo v3, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, learning rate "
-            f"{lr:.3g}, {args.precision} on {world.size} x {args.device}, loss of a uniform guess {uniform_loss:.3f} "
-            f"-> {out}")
 
-    def save(step: int) -> None:
-        save_checkpoint(out, "moco_v3", step, model, config, optimizer, scaler, args)
-        weights = {name: value for name, value in encoder.state_dict().items() if not name.startswith("head.")}
-        write_file(dict(model=weights, config=config), out / "encoder.pth")
-
-    step = first
-    for step in range(first + 1, last + 1):
-        epoch = (step - 1) / steps
-        set_lr(optimizer, rate := cosine(epoch, lr, args.min_lr, args.warmup_epochs, args.epochs))
-        # A tensor, for --compile would make a plain number a part of the program, and compile it anew at every step.
-        momentum = torch.full((), momentum_at(epoch, args.momentum, args.epochs), dtype=torch.float64,
-                              device=world.device)
-        numbers = uniform((2, args.batch_size, NUMBERS), args.seed, COLOURS, step)[:, world.rows(args.batch_size)]
-        views = [recolour(pixels, draw_colours(numbers[view], view, args.blur))
-                 for view, pixels in enumerate(next(loader)[0].chunk(2))]               # B C h w each
-        if world.main and step == 1:
-            save_views(views, out / "views.png")
-        with autocast(args):
-            losses = wrapped(*map(normalize, views), momentum)
-        scaler.scale(losses["loss"]).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        loss = losses.pop("loss")
-        if log.step(step, rate, loss=loss, uniform_loss=uniform_loss, **losses, momentum=momentum):
-            break
-        if log.save_due():
-            save(step)
-    log.finish(save, step)  # a run stopped by a signal ends here
-    if world.main:
-        say(f"pairs of views: {out}/views.png\nnext:  python finetune.py --data {args.data} --init {out}/encoder.pth   "
-            "(without fine-tuning: --protocol knn --pool cls, or linear)")
+    views = Views(images, TwoViews(random_crop(encoder.image_size, args.crop_min)), args.seed, numbers=2 * NUMBERS)
+    with run.batches(views) as batches:
+        for step in run.steps(batches):
+            pixels, numbers, _ = next(batches)                                          # B 2 C h w in 0..1, B 2*NUMBERS
+            pair = recolour_views(pixels, numbers, args.blur)                           # B C h w each
+            if world.rank == 0 and step == 1:
+                save_pairs(pair, run.out / "views.png")
+            # A tensor, for --compile would make a plain number a part of the program, and compile it at every step.
+            momentum = torch.full((), momentum_at((step - 1) / run.per_epoch, args.momentum, args.epochs),
+                                  dtype=torch.float64, device=world.device)
+            with world.autocast():
+                losses = wrapped(*map(normalize, pair), momentum)
+            scaler.scale(losses["loss"]).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            run.add(**losses, uniform_loss=uniform_loss, momentum=momentum)
+    if world.rank == 0:
+        say(f"pairs of views: {run.out}/views.png\nnext:  python finetune.py --data {args.data} --init "
+            f"{run.out}/encoder.pth   (without fine-tuning: --protocol knn --pool cls, or linear)")
 
 
-def save_views(views: list[Tensor], path: Path) -> None:
+def save_pairs(pair: list[Tensor], path: Path) -> None:
     """Writes 32 pairs of views: what the network is told to be the same."""
-    pairs = torch.stack(views, dim=1)[:32].flatten(0, 1)
+    pairs = torch.stack(pair, dim=1)[:32].flatten(0, 1)
     try:
         save_image(make_grid(pairs, padding=2, pad_value=1.0), path)
     except OSError as error:  # no reason to end a training

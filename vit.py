@@ -478,12 +478,16 @@ def default_recipe(given: Namespace) -> str:
     return given.recipe or {"shapes": "demo", "cifar10": "cifar", "cifar100": "cifar"}.get(given.data, "imagenet")
 
 
+def on_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
+    """What is given there alone, without a recipe. Unknown and abbreviated flags end the program with status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    return parser.parse_args([word for word in argv if word not in ("-h", "--help")])
+
+
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipes: dict[str, dict],
           choose: Callable[[Namespace], str] = default_recipe) -> Namespace:
-    """The command line; what is not on it has its value in the recipe, which `choose` names by what is on it.
-    Unknown and abbreviated flags end the program with status 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    recipe = choose(parser.parse_args([word for word in argv if word not in ("-h", "--help")]))
+    """The command line; what is not on it has its value in the recipe, which `choose` names by what is on it."""
+    recipe = choose(on_command_line(parser, argv))
     parser.set_defaults(**recipes[recipe], recipe=recipe)
     return parser.parse_args(argv)
 
@@ -1219,7 +1223,7 @@ def evaluate(model: nn.Module, images: Images, view: Callable[[Tensor], Tensor],
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     with in_order(Views(images, view), args, world) as batches:
         for pixels, _, index in batches:
-            labels = world.send(torch.from_numpy(images.labels[index.numpy()]))
+            labels = world.send(torch.from_numpy(images.labels[index]))
             with world.autocast():
                 logits = model(normalize(pixels))
             logits = logits.float()
