@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from finetune import LARS, RECIPES, build, knn_hits, main, probe_head, reused
-from tests.reference import build_classifier, evaluate, images
-from tests.test_mae import assert_meets
-from vit import ViT, balanced, cosine, mixing, param_groups, random_erasing, randaugment, shapes
+import finetune
+import vit
+from finetune import LARS, RECIPES, build, knn_hits, main, parse_args, probe_head, reused
+from tests.reference import assert_meets, build_classifier, evaluate, images
+from vit import SIZES, InputError, RandAugment, ViT, balanced, cosine, mixing, operation, param_groups, random_erasing, shapes
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/finetune.json").read_text())
 
@@ -24,7 +25,7 @@ def test_reference_values_are_met():
         assert ours[pool]["loss"] == pytest.approx(expected[pool]["loss"], rel=1e-8)
         for kind in ("mixup", "cutmix"):
             expected[pool][kind].pop("x", None)
-    assert_meets(ours, expected, rtol=1e-6)
+    assert_meets(ours, expected)
 
 
 @pytest.mark.parametrize("name", GOLDEN["lr_schedule"])
@@ -108,38 +109,40 @@ def test_random_erasing_keeps_its_share_and_fills_with_noise():
     assert torch.equal(random_erasing(x, 0.0), x)
 
 
-def numbers(operation: int, level: float = 0.5, sign: float = 0.0) -> np.ndarray:
-    """One operation of RandAugment, done; the second one not."""
-    return np.array([(operation + 0.5) / 15, 0.0, level, sign, 0.0, 0.9, 0.0, 0.0])
-
-
 def test_randaugment_levels_are_timms_at_magnitude_9():
-    picture = np.random.RandomState(0).randint(0, 256, (20, 30, 3), np.uint8)
-    image = Image.fromarray(picture)
+    pixels = np.random.RandomState(0).randint(0, 256, (20, 30, 3), np.uint8)
+    image = Image.fromarray(pixels)
 
-    def done(operation, **where):
-        return np.asarray(randaugment(image, numbers(operation, **where), 9)).astype(int)
-    assert (done(4) == (picture & 0b10000000)).all()                             # posterize: 4 - int(3.6) = 1 bit
-    assert (done(5) == np.where(picture < 256 - 230, picture, 255 - picture)).all()  # solarize above 256 - int(230.4)
-    assert (done(6) == np.where(picture < 128, picture + 99, picture)).all()     # solarize-add int(99.0)
-    assert (done(2) == 255 - picture).all()
-    dark = done(9, sign=0.9)                                                     # brightness 1 - 0.81
-    assert abs(dark - 0.19 * picture).max() <= 1
-    moved = done(13)                                                             # translate x by 0.405 of the width
-    assert (moved[:, -12:] == (124, 116, 104)).all() and abs(moved[:, :15].mean() - picture[:, 13:28].mean()) < 8
+    def done(number, up=True):
+        return np.asarray(operation(number, image, 9.0, up)).astype(int)
+    assert (done(4) == (pixels & 0b10000000)).all()                             # posterize: 4 - int(3.6) = 1 bit
+    assert (done(5) == np.where(pixels < 256 - 230, pixels, 255 - pixels)).all()  # solarize above 256 - int(230.4)
+    assert (done(6) == np.where(pixels < 128, pixels + 99, pixels)).all()       # solarize-add int(99.0)
+    assert (done(2) == 255 - pixels).all()
+    assert abs(done(9, up=False) - 0.19 * pixels).max() <= 1                    # brightness 1 - 0.81
+    moved = done(13)                                                            # translate x by 0.405 of the width
+    assert (moved[:, -12:] == (124, 116, 104)).all() and abs(moved[:, :15].mean() - pixels[:, 13:28].mean()) < 8
 
 
-def test_randaugment_does_each_operation_half_of_the_time_and_any_level_is_valid():
-    image, rng = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3), np.uint8)), np.random.default_rng(0)
+def test_randaugment_does_each_operation_half_of_the_time_and_any_level_is_valid(monkeypatch):
+    image, levels = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8), []
+    torch.manual_seed(0)
     same = 0
-    for row in rng.random((400, 8), dtype=np.float32):
-        result = randaugment(image, row, 10)
+    for _ in range(1000):
+        result = RandAugment(9.0)(image)
         same += result is image
-        assert result.size == (8, 8) and result.mode == "RGB"
-    assert same / 400 == pytest.approx(0.25, abs=0.06)
-    for extreme in (0.0, np.float32(1 - 2 ** -24)):
-        for operation in range(15):
-            randaugment(image, numbers(operation, level=float(extreme)), 10)
+        assert result.shape == image.shape and result.dtype == torch.uint8
+    assert same / 1000 == pytest.approx(0.25, abs=0.06)
+    for number in range(15):
+        for level in (0.0, 10.0):
+            for up in (True, False):
+                operation(number, vit.v2.functional.to_pil_image(image), level, up)
+    monkeypatch.setattr(vit, "operation", lambda number, image, level, up: levels.append((number, level, up)) or image)
+    for _ in range(2000):
+        RandAugment(9.0)(image)
+    numbers, values, ups = zip(*levels, strict=True)
+    assert set(numbers) == set(range(15)) and np.mean(ups) == pytest.approx(0.5, abs=0.05)
+    assert max(values) == 10 and np.std(values) == pytest.approx(0.5, abs=0.05) and np.mean(values) == pytest.approx(9, abs=0.05)
 
 
 def test_mixing_gives_soft_labels_of_sum_one():
@@ -165,9 +168,10 @@ def test_reuse_keeps_the_first_blocks_and_the_embeddings():
     assert [name for name in names if reused(name, None)] == names
 
 
-def arguments(**changes):
-    import argparse
-    return argparse.Namespace(**{**dict(protocol="finetune", seed=0, pool="mean", drop_path=0.0, reuse=None, image_size=16), **changes})
+def arguments(words: str = ""):
+    """As on the command line, with a file of `source`'s network."""
+    torch.save(dict(model=source()[0], config=source()[1]), "encoder.pth")
+    return parse_args(["--init", "encoder.pth", *words.split()])
 
 
 def source() -> tuple[dict, dict]:
@@ -176,9 +180,10 @@ def source() -> tuple[dict, dict]:
     return vit.state_dict(), dict(vit.config, mean=[0.5] * 3, std=[0.5] * 3)
 
 
-def test_a_fine_tuned_network_starts_from_the_file_with_a_faint_head_and_one_number_of_heads():
-    state, config = source()
-    model, fresh = build(arguments(reuse=2), (state, config), 5)
+def test_a_fine_tuned_network_starts_from_the_file_with_a_faint_head_and_one_number_of_heads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = source()[0]
+    model, fresh = build(*arguments("--reuse 2"), 5)
     assert {block.attn.heads for block in model.blocks} == {4}
     assert model.pos_embed.requires_grad and model.head.weight.abs().max() < 2e-4
     assert torch.equal(model.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
@@ -186,24 +191,23 @@ def test_a_fine_tuned_network_starts_from_the_file_with_a_faint_head_and_one_num
     assert any(name.startswith("blocks.2.") for name in fresh) and not any(name.startswith("blocks.1.") for name in fresh)
 
 
-def test_frozen_features_are_the_files_own():
+def test_frozen_features_are_the_files_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     state, config = source()
     original = ViT(**{k: v for k, v in config.items() if k not in ("mean", "std")})
     original.load_state_dict(state)
     x = torch.randn(2, 3, 16, 16)
     for pool in ("cls", "mean"):
-        model, _ = build(arguments(protocol="linear", pool=pool), (state, config), 5)
+        model, _ = build(*arguments(f"--protocol linear --pool {pool}"), 5)
         assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.1.weight", "head.1.bias"]
-        tokens = original.embed(x)
-        for block in original.blocks:
-            tokens = block(tokens)
+        tokens = original.through(original.embed(x))
         pooled = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
         torch.testing.assert_close(model.features(x), original.norm(pooled))
 
 
 def test_evaluation_of_a_written_classifier_repeats_its_result(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(dict(model=source()[0], config=dict(source()[1], image_size=[16, 16])), "encoder.pth")
+    torch.save(dict(model=source()[0], config=source()[1]), "encoder.pth")
     results = []
     for command in ("--init encoder.pth --epochs 1 --labels 64 --out a", "--init a/model.pth --eval",
                     "--init encoder.pth --epochs 1 --protocol linear --labels 100 --out b", "--init b/model.pth --eval"):
@@ -212,3 +216,29 @@ def test_evaluation_of_a_written_classifier_repeats_its_result(tmp_path, capsys,
     assert results[0] == results[1] and results[2] == results[3] and "top1" in results[0]
     records = [json.loads(line) for line in Path("a/log.jsonl").read_text().splitlines()]
     assert records[-1]["val_images"] == 2000 and math.isfinite(records[-1]["top1"])
+
+
+@pytest.mark.parametrize("words, width, recipe", [
+    ("--data d", 192, "imagenet"), ("--data d", 384, "imagenet-small"), ("--data d", 768, "imagenet-base"),
+    ("--data d", 1024, "imagenet-large"), ("--data d", 1280, "imagenet-huge"), ("--data d", 100, "imagenet"),
+    ("--data d --recipe transfer", 384, "transfer"), ("--data cifar10", 384, "cifar"), ("", 384, "demo"),
+    ("--data d --protocol linear", 384, "imagenet-linear"), ("--data cifar100 --protocol linear", 192, "cifar-linear"),
+    ("--protocol linear", 192, "demo-linear"), ("--data d --recipe transfer --protocol linear", 192, "imagenet-linear"),
+    ("--data d --protocol knn", 768, "imagenet")])
+def test_the_recipe_follows_data_protocol_and_width(words, width, recipe):
+    parser = vit.common_options("", RECIPES)
+    parser.add_argument("--protocol", default="finetune")
+    assert finetune.choose_recipe(parser.parse_args(words.split()), width) == recipe
+
+
+def test_what_the_file_says_is_a_default_and_a_flag_that_contradicts_it_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, (_, config) = arguments()
+    assert (args.image_size, args.mean, args.recipe, args.centre) == ([16, 16], [0.5] * 3, "demo", 1.0)
+    assert arguments("--image-size 32")[0].image_size == 32 and arguments("--layer-decay 0.5")[0].layer_decay == 0.5
+    assert arguments("--data d --image-size 224")[0].centre == 0.875 and arguments("--data d --image-size 384")[0].centre == 1.0
+    assert parse_args([])[0].layer_decay == 1.0  # from scratch
+    for words, match in (("--width 32", "has 16"), ("--model tiny", "is 16 wide"), ("--heads 2", "trained with 4 heads")):
+        with pytest.raises(InputError, match=match):
+            arguments(words)
+    assert {size["width"] for size in SIZES.values()} >= {width for _, width in finetune.CHOICES}

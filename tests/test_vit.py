@@ -53,6 +53,19 @@ def test_fused_attention_is_softmax_of_the_raw_scores():
     torch.testing.assert_close(block.attn(block.norm1(x)), block.attn.proj(by_hand))
 
 
+def test_through_runs_the_blocks_that_are_named_and_no_others():
+    torch.manual_seed(0)
+    model = net(depth=4)
+    x = model.embed(torch.randn(2, 3, 32, 32))
+    by_hand = [x]
+    for block in model.blocks:
+        by_hand.append(block(by_hand[-1]))
+    for first, last in ((1, 4), (1, 1), (2, 3), (4, 4)):
+        assert torch.equal(model.through(by_hand[first - 1], first, last), by_hand[last])
+    assert torch.equal(model.through(by_hand[2], first=3), by_hand[4])
+    assert torch.equal(model.through(x, last=0), x) and torch.equal(model.through(x, first=5), x)
+
+
 def test_relations_are_float32_in_half_precision_and_stay_float64():
     q = torch.full((1, 1, 2, 4), 300.0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -132,7 +145,7 @@ def test_files_of_the_field_load_whole(name, tmp_path):
         for p in source.parameters():
             p.normal_()
     state, config = read_encoder(saved(tmp_path, FORMATS[name](plain(source))), heads=4)
-    assert config["width"], config["depth"] == (24, 2)
+    assert (config["width"], config["depth"]) == (24, 2)
     assert load_encoder(target, state, config) == []
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(target(x), source(x))
