@@ -837,7 +837,6 @@ class Batches(Iterator, AbstractContextManager):
     numbers of the images B. Raises InputError if more than 1 % of the images, and at least 50, cannot be read.
 
     waited   seconds that were spent on waiting for images
-    close    ends the worker processes; `with` calls it, and so does the end of the program
     """
 
     def __init__(self, views: Views, parts: Iterator[list[tuple[int, int]]], args: Namespace, world: World):
@@ -848,10 +847,14 @@ class Batches(Iterator, AbstractContextManager):
             pin_memory=args.device == "cuda", worker_init_fn=leave_signals_alone,
             generator=torch.Generator()))  # of its own, for it draws a number that nobody needs
         workers = [process for process in multiprocessing.active_children() if process not in others]
-        self.close = weakref.finalize(self, end_processes, workers)
+        self.end_workers = weakref.finalize(self, end_processes, workers)  # at the latest, the end of the program calls it
 
     def __exit__(self, *error) -> None:
         self.close()
+
+    def close(self) -> None:
+        self.end_workers()
+        self.items = iter(())  # no queue of the loader is left for a later worker to inherit
 
     def __next__(self) -> tuple[Tensor, Tensor, Tensor]:
         begin, answers = time.monotonic(), [self.answer()]
@@ -866,13 +869,15 @@ class Batches(Iterator, AbstractContextManager):
         """What a worker has made of one request."""
         try:
             pixels, numbers, index, complaints = next(self.items)
-        except InputError as error:  # from a worker it comes at the end of a traceback
-            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
-        except (RuntimeError, ConnectionError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise InputError("a process that decodes images was ended by the system, as when memory or shared memory "
-                             "is short: try fewer --workers") from None
+        except (InputError, RuntimeError, ConnectionError) as error:
+            told = str(error).rpartition("InputError: ")[2].strip()  # from a worker it comes at the end of a traceback
+            if not isinstance(error, InputError):
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                    raise
+                told = ("a process that decodes images was ended by the system, as when memory or shared memory is short: "
+                        "try fewer --workers")
+            error.__traceback__ = None  # it would keep the loader alive, in a circle
+            raise InputError(told) from None
         for complaint in set(complaints) - self.complaints - {""}:
             say(f"warning: {complaint}")
             self.complaints.add(complaint)
