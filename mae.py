@@ -22,7 +22,6 @@ Letters in shape comments: B images, C channels, h and w height and width in pix
 """
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -242,8 +241,8 @@ def teacher_scores(model: DistilledMAE, teacher: ViT, pixels: Tensor, noise: Ten
 
 
 # -------------------------------------------------------------------- the recipe
-from vit import (CentreCrop, Images, Run, Views, World, amount, common_options, count, in_order, launch, normalizer,
-                 open_images, parse, random_crop, say, share, start, vit_options)
+from vit import (CentreCrop, Images, Run, Views, World, amount, common_options, count, launch, normalizer, open_images,
+                 parse, random_crop, say, share, start, vit_options)
 
 RECIPES = {
     # MAE-Lite's ViT-Tiny (projects/mae_lite/mae_lite_exp.py), but for its crops: bilinear or bicubic by chance.
@@ -371,18 +370,18 @@ def save_reconstructions(model: MaskedAutoencoder, images: Images, normalize: Ca
     """Writes rows of image | masked | reconstruction | the same with the visible patches, and measures the squared
     error on the hidden pixels (0..1) of 64 images. The baseline paints what a network gets for free: with norm_pix
     the true mean of each hidden patch, else the mean of the image's visible patches."""
-    size, p, alone = model.encoder.image_size, model.encoder.patch_size, replace(world, rank=0, size=1)
-    some = images.subset(np.linspace(0, len(images) - 1, 64).astype(int))
-    with in_order(Views(some, CentreCrop(size), args.seed, numbers=model.encoder.patches), args, alone) as batches:
-        pixels, noise, _ = zip(*batches, strict=True)
-    pixels, noise = torch.cat(pixels), world.send(torch.cat(noise))                     # B C h w, B N
+    encoder, p = model.encoder, model.encoder.patch_size
+    views = Views(images, CentreCrop(encoder.image_size), args.seed, numbers=encoder.patches)
+    seen = [views[0, i] for i in np.linspace(0, len(images) - 1, 64).astype(int).tolist()]
+    pixels = world.send(torch.stack([view for view, *_ in seen])).float() / 255         # B C h w
+    noise = world.send(torch.stack([noise for _, noise, *_ in seen]))                   # B N
     with world.autocast():
         painted, hidden = model.reconstruct(normalize(pixels), noise)
     mean, std = (torch.tensor(value, device=world.device).view(-1, 1, 1) for value in (args.mean, args.std))
     painted, visible = (painted * std + mean).clamp(0, 1), 1 - hidden
     if args.norm_pix:
         patches = patchify(pixels, p)
-        baseline = unpatchify(patch_statistics(patches)[0].expand_as(patches), p, model.encoder.grid)
+        baseline = unpatchify(patch_statistics(patches)[0].expand_as(patches), p, encoder.grid)
     else:
         baseline = (pixels * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
     rows = torch.stack([pixels, pixels * visible + 0.5 * hidden, painted, pixels * visible + painted * hidden], dim=1)

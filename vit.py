@@ -835,26 +835,22 @@ class Views(Dataset):
 class Batches(Iterator, AbstractContextManager):
     """Iterator over parts of batches: pixels B 3 h w in 0..1 on the device; on the host, random numbers B n and the
     numbers of the images B. Raises InputError if more than 1 % of the images, and at least 50, cannot be read.
-
-    waited   seconds that were spent on waiting for images
-    """
+    `waited`: seconds that were spent on waiting for them."""
 
     def __init__(self, views: Views, parts: Iterator[list[tuple[int, int]]], args: Namespace, world: World):
         self.world, self.waited, self.seen, self.complaints, self.requests = world, 0.0, 0, set(), deque()
         others = multiprocessing.active_children()
         self.items = iter(DataLoader(
             views, batch_sampler=in_requests(parts, self.requests), num_workers=args.workers,
-            pin_memory=args.device == "cuda", worker_init_fn=leave_signals_alone,
-            generator=torch.Generator()))  # of its own, for it draws a number that nobody needs
+            pin_memory=args.device == "cuda", worker_init_fn=leave_signals_alone, generator=torch.Generator()))
         workers = [process for process in multiprocessing.active_children() if process not in others]
-        self.end_workers = weakref.finalize(self, end_processes, workers)  # at the latest, the end of the program calls it
+        self.end_workers = weakref.finalize(self, end_processes, workers)  # the end of the program calls it, too
 
-    def __exit__(self, *error) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *error) -> None:
         self.end_workers()
         self.items = iter(())  # no queue of the loader is left for a later worker to inherit
+
+    __exit__ = close
 
     def __next__(self) -> tuple[Tensor, Tensor, Tensor]:
         begin, answers = time.monotonic(), [self.answer()]
@@ -872,10 +868,9 @@ class Batches(Iterator, AbstractContextManager):
         except (InputError, RuntimeError, ConnectionError) as error:
             told = str(error).rpartition("InputError: ")[2].strip()  # from a worker it comes at the end of a traceback
             if not isinstance(error, InputError):
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in told:
                     raise
-                told = ("a process that decodes images was ended by the system, as when memory or shared memory is short: "
-                        "try fewer --workers")
+                told = "a process that decodes images was ended by the system, for want of memory? Try fewer --workers"
             error.__traceback__ = None  # it would keep the loader alive, in a circle
             raise InputError(told) from None
         for complaint in set(complaints) - self.complaints - {""}:
@@ -888,7 +883,7 @@ class Batches(Iterator, AbstractContextManager):
 
 
 def in_requests(parts: Iterator[list], requests: deque) -> Iterator[list]:
-    """Cuts parts of batches into requests to workers, whose answers must fit into shared memory, and notes how many."""
+    """Cuts parts of batches into requests to workers, whose answers must fit into shared memory; notes how many."""
     for part in parts:
         cut = [part[i:i + 128] for i in range(0, len(part), 128)]
         requests.append(len(cut))
@@ -983,10 +978,8 @@ class Run:
         self.sums, self.signal = {}, 0
         args.images = len(images)  # noted, so that a run is not continued on others
         self.out = self.resume()
-        seen = [(self.first, args.images)] * world.size
-        if world.size > 1:
-            dist.all_gather_object(seen, seen[0])
-        if len(set(seen)) > 1:
+        mine = torch.tensor([self.first, args.images], device=world.device)
+        if not torch.equal(world.sum(mine.clone()), world.size * mine):
             raise InputError("processes see different checkpoints or images: --out and --data must be the same for all")
 
     def resume(self) -> Path:
@@ -1018,13 +1011,12 @@ class Run:
 
     def open_log(self) -> None:
         """Makes the folder, args.json, and log.jsonl without what an interrupted run wrote after its checkpoint."""
-        args, log, lines = self.args, self.out / "log.jsonl", []
+        args, log = self.args, self.out / "log.jsonl"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-            if self.first and log.exists():
-                lines = [line for line in log.read_text().splitlines(True) if line.endswith("}\n")]
-            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.first))
+            lines = log.read_text().splitlines(True) if self.first and log.exists() else []
+            log.write_text("".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.first))
         except OSError as error:
             raise InputError(f"--out {self.out} cannot be written: {error}") from None
         say(f"{self.method}, recipe {args.recipe}: {args.images} images, {self.last} steps of {args.batch_size}, "
@@ -1076,7 +1068,7 @@ class Run:
     def look(self, step: int, save: bool = False) -> None:
         """What all processes do together after `step`: on a CPU every step, else at most 5 seconds and 10 steps apart,
         as the main process decides. What is saved is logged before."""
-        args, now, every = self.args, time.monotonic(), self.args.log_every
+        args, now, every, batches = self.args, time.monotonic(), self.args.log_every, self.source
         ahead = 1 if args.device == "cpu" else max(1, min(10, int(5 * (step - self.looked) / (now - self.looked_when))))
         due = self.main and now - self.saved_when > 60 * args.save_minutes
         flags = torch.tensor([self.signal > 0, save or due, ahead * self.main], device=self.world.device).double()
@@ -1091,7 +1083,13 @@ class Run:
                     "--blr or --precision fp32 may help")
             raise SystemExit(1)
         if stop or save or step % every == 0 or step == self.last:
-            self.tell(step, losses)
+            steps, seconds = step - self.told, now - self.told_when
+            speed = dict(images_per_s=round(steps * args.batch_size / seconds, 1), waiting=round(batches.waited / seconds, 3),
+                         eta_s=round((self.last - step) * seconds / steps))
+            if args.device == "cuda":
+                speed["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            self.write(step, epoch=round(step / self.per_epoch, 4), **losses, lr=self.rate, **speed)
+            self.sums, self.told, self.told_when, batches.waited = {}, step, now, 0.0
         if stop or save:
             self.save(step)
         if stop:
@@ -1101,44 +1099,33 @@ class Run:
                 say("stopped by a signal and saved; --resume continues")
             raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
-    def tell(self, step: int, losses: dict[str, float]) -> None:
-        """Writes the means of the losses since the last record, with speed, share of waiting and time to go."""
-        now, steps = time.monotonic(), step - self.told
-        seconds = now - self.told_when
-        speed = dict(lr=self.rate, images_per_s=round(steps * self.args.batch_size / seconds, 1),
-                     waiting=round(self.source.waited / seconds, 3), eta_s=round((self.last - step) * seconds / steps))
-        if self.args.device == "cuda":
-            speed["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        self.write(step, epoch=round(step / self.per_epoch, 4), **losses, **speed)
-        self.sums, self.told, self.told_when, self.source.waited = {}, step, now, 0.0
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in (losses | speed).items() if name != "waiting")
-        self.bar.set_postfix_str(shown, refresh=False)
-        if self.bar.disable and self.main:
-            say(f"step {step}/{self.last}  {shown}")
-
     def write(self, step: int, **values: float) -> None:
-        """One more line in log.jsonl, in strict JSON: what is not finite is null there."""
-        record = {name: value if math.isfinite(value) else None for name, value in dict(step=step, **values).items()}
-        try:
-            if self.main:
+        """One more line in log.jsonl, in strict JSON (null for what is not finite), and on the screen."""
+        if self.main:
+            record = dict(step=step) | {name: x if math.isfinite(x) else None for name, x in values.items()}
+            told = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            try:
                 with open(self.out / "log.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
-        except OSError as error:  # a lost line is no reason to lose the training
-            say(f"warning: {self.out}/log.jsonl: {error}")
+            except OSError as error:  # a lost line is no reason to lose the training
+                say(f"warning: {self.out}/log.jsonl: {error}")
+            self.bar.set_postfix_str(told) if not self.bar.disable else say(f"step {step}/{self.last}  {told}")
 
     def save(self, step: int) -> None:
         """last.pth, with all that continuing needs, and the network that is handed on. Raises InputError in all
         processes, and saves nothing, if weights are not finite."""
-        state, args, config = self.model.state_dict(), self.args, self.network.config
+        state, args = self.model.state_dict(), self.args
+        config = dict(self.network.config, mean=list(args.mean), std=list(args.std))
         if broken := [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]:
             raise InputError(f"step {step}: {broken[0]} and {len(broken) - 1} more are not finite; nothing was saved")
         self.saved_when = time.monotonic()
         if self.main:
-            write_file(dict(method=self.method, step=step, args=vars(args), model=state, scaler=self.scaler.state_dict(),
-                            optimizer=self.optimizer.state_dict()), self.out / "last.pth")
+            write_file(dict(method=self.method, step=step, args=vars(args), config=config, model=state,
+                            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict()),
+                       self.out / "last.pth")
             weights = {name: x for name, x in self.network.state_dict().items()
                        if config["classes"] or not name.startswith("head.")}  # where MoCo has its projector
-            write_file(dict(model=weights, config=dict(config, mean=list(args.mean), std=list(args.std))),
+            write_file(dict(model=weights, config=config),
                        self.out / ("model.pth" if config["classes"] else "encoder.pth"))
 
 
