@@ -17,22 +17,18 @@ Run    python mae.py --width 128 --heads 8 --out runs/teacher        a teacher f
        torchrun --standalone --nproc_per_node=8 tinymim.py --data /imagenet --model base \
            --teacher mae_pretrain_vit_large.pth                      L -> B; its encoder.pth teaches S, and so on
 Use    from tinymim import TinyMIM                                   copy this file and vit.py
-Letters in shape comments: B images, C channels, p patch side, N patches, n kept patches, L = 1 + N or 1 + n tokens,
-       D width, E decoder width, H heads, d = D / H
+Letters in shape comments: B images, C channels, h and w height and width in pixels, p patch side, N patches,
+       n kept patches, L = 1 + N or 1 + n tokens, D width, E decoder width, H heads, d = D / H
 """
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit import (COUNT, IMAGENET_MEAN, IMAGENET_STD, MASKS, NOT_NEGATIVE, SHARE, Batches, Block, InputError, Log,
-                 View, ViT, apply_recipe, autocast, cosine, decoder_sizes, drawn, encoder_options,
-                 gradients_shared, init_linear, launch, layer_norm, load_checkpoint, load_encoder, normalizer,
-                 open_images, open_run, param_groups, parse_args, parts_of_batch, position_table, read_encoder,
-                 recipe_for, relation, reseed, save_checkpoint, say, set_lr, start_processes, take, vit_options,
-                 wrap, write_file)
+from vit import (IMAGENET_MEAN, IMAGENET_STD, Block, InputError, ViT, encoder_options, init_linear, layer_norm,
+                 load_encoder, param_groups, position_table, read_encoder, relation, take)
 
 # -------------------------------------------------------------------- the method
 
@@ -40,8 +36,7 @@ from vit import (COUNT, IMAGENET_MEAN, IMAGENET_STD, MASKS, NOT_NEGATIVE, SHARE,
 class TinyMIM(nn.Module):
     """A student whose last block imitates the relations of one block of a teacher.
 
-    encoder   its last block has as many heads as the teacher's block (`last_heads` of ViT), for heads are compared
-              one by one; no parameter depends on it
+    encoder   its last block needs as many heads as the teacher's (`last_heads` of ViT): they are compared one by one
 
     What comes after the queries, keys and values of the last block is not trained. It keeps its initial values, in the
     files too: fine-tuning starts from them (as in the released code), and a student that becomes a teacher can give
@@ -54,26 +49,19 @@ class TinyMIM(nn.Module):
         for module in beyond_relations(encoder):
             module.requires_grad_(False)
 
-    def forward(self, images: Tensor, goal: list[Tensor]) -> dict[str, Tensor]:
-        """images B C h w, normalised; goal: what `observe` gave for the teacher -> the loss and its two terms."""
+    def forward(self, images: Tensor, teacher: dict[str, Tensor]) -> dict[str, Tensor]:
+        """images B C h w, normalised; teacher: what `observe` gave for it -> the loss and its two terms."""
         student = self.observe(self.encoder, images, self.encoder.depth)
-        qk, vv = (divergence(s, t) for s, t in zip(student, goal, strict=True))
+        qk = divergence(student["qk"], teacher["qk"])
+        vv = divergence(student["vv"], teacher["vv"])
         return dict(loss=qk + vv, qk=qk, vv=vv)
 
-    def observe(self, vit: ViT, images: Tensor, number: int) -> list[Tensor]:
-        """Scores before the softmax, q k^T / sqrt(d) and v v^T / sqrt(d), of block `number` of a student or
-        teacher, each B H L L, class token included. Nothing beyond that block's queries, keys and values is
-        computed."""
-        q, k, v = vit.blocks[number - 1].qkv(tokens_into(vit, images, number))          # B H L d
-        return [relation(q, k), relation(v, v)]
-
-
-def tokens_into(vit: ViT, images: Tensor, number: int, keep: Tensor | None = None) -> Tensor:
-    """What enters block `number`, counted from 1: B L D."""
-    x = vit.embed(images, keep)
-    for block in vit.blocks[:number - 1]:
-        x = block(x)
-    return x
+    def observe(self, vit: ViT, images: Tensor, number: int) -> dict[str, Tensor]:
+        """Scores q k^T / sqrt(d) and v v^T / sqrt(d), not yet softmaxed, of block `number` (from 1) of a student or
+        teacher: B H L L, class token included. Nothing beyond this block's queries, keys and values is computed."""
+        x = vit.through(vit.embed(images), last=number - 1)                             # B L D, what enters the block
+        q, k, v = vit.blocks[number - 1].qkv(x)                                         # B H L d
+        return dict(qk=relation(q, k), vv=relation(v, v))
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -132,26 +120,26 @@ class TinyMIMStudy(TinyMIM):
     """Section 3.1 of the paper: any sum of targets, masked input, additional masked image modelling.
 
     relations   `divergence`, or without softmax `smooth_l1` of the scores
-    features    `smooth_l1` of the student's, after a linear layer, and the teacher's, whitened by a LayerNorm without
-                scale and shift (eq. 7)
+    features    `smooth_l1` of the student's after a linear layer and the teacher's after a bare LayerNorm (eq. 7)
     class       `divergence` over the channels of the class token, the student's after a linear layer (eq. 6)
     mask_ratio  share of the patches that neither network sees
     mim_weight  weight of a reconstruction of these from the student's visible tokens, as in MAE
 
     Ours, as the paper does not say: the error without softmax; how a class token becomes a distribution; that all
-    tokens count in features; that several targets are added; that student and teacher miss the same patches; the
-    weight of the reconstruction and that it paints the jittered image; that `output` is taken after the final norm.
-    Linear layers and decoder are discarded.
+    tokens count in features, several targets are added, and student and teacher miss the same patches; the weight of
+    the reconstruction and that it paints the jittered image; that `output` is taken after the final norm. Linear layers
+    and decoder are discarded.
     """
 
     def __init__(self, encoder: ViT, teacher_width: int, targets: list[str], softmax: bool = True,
                  mask_ratio: float = 0.0, mim_weight: float = 0.0, decoder: tuple[int, int, int] = (512, 8, 16)):
         super().__init__(encoder)
-        patches = encoder.patches
-        self.kept = int(patches * (1 - mask_ratio))
-        if (mask_ratio and not 0 < self.kept < patches) or (mim_weight and not mask_ratio):
-            raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {patches} patches to see: give a value "
-                             "between 0 and 1; masked image modelling (mim_weight) needs one, in the paper 0.75")
+        self.kept = int(encoder.patches * (1 - mask_ratio))
+        if (mask_ratio and not 0 < self.kept < encoder.patches) or (mim_weight and not mask_ratio):
+            raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {encoder.patches} patches to see: give a "
+                             "value between 0 and 1; masked image modelling (mim_weight) needs one, in the paper 0.75")
+        if not set(targets) <= set(TARGETS) or len(set(targets)) < len(targets):
+            raise InputError(f"targets {' '.join(targets)}: expected different ones of {', '.join(TARGETS)}")
         self.targets, self.softmax, self.mim_weight = targets, softmax, mim_weight
         self.adapters = nn.ModuleDict({name: nn.Linear(encoder.width, teacher_width)
                                        for name in targets if name not in RELATIONS}).apply(init_linear)
@@ -160,19 +148,19 @@ class TinyMIMStudy(TinyMIM):
         for module in beyond_relations(encoder)[:reach]:  # its stages are those that TARGETS counts
             module.requires_grad_(True)
 
-    def forward(self, images: Tensor, goal: list[Tensor], noise: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, teacher: dict[str, Tensor], noise: Tensor | None = None) -> dict[str, Tensor]:
         """As TinyMIM's; noise B N in 0..1 where patches are masked. Every term comes under its own name."""
         names = [*self.targets, "output"] if self.mim_weight else self.targets
         student = targets_of(self.encoder, images, self.encoder.depth, names, self.seen(noise))
-        terms = {name: self.compare(name, s, t) for name, s, t in zip(self.targets, student, goal, strict=False)}
+        terms = {name: self.compare(name, student[name], teacher[name]) for name in self.targets}
         loss = sum(terms.values())
         if self.mim_weight:
-            terms["reconstruction"] = self.decoder(student[-1], images, random_masking(noise, self.kept)[1])
+            terms["reconstruction"] = self.decoder(student["output"], images, random_masking(noise, self.kept)[1])
             loss = loss + self.mim_weight * terms["reconstruction"]
         return dict(loss=loss, **terms)
 
-    def observe(self, vit: ViT, images: Tensor, number: int, noise: Tensor | None = None) -> list[Tensor]:
-        """The targets of block `number`, in their order."""
+    def observe(self, vit: ViT, images: Tensor, number: int, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """The targets in block `number` of a student or teacher; the same noise hides the same patches from both."""
         return targets_of(vit, images, number, self.targets, self.seen(noise))
 
     def seen(self, noise: Tensor | None) -> Tensor | None:
@@ -193,26 +181,23 @@ def smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
     return F.smooth_l1_loss(full_precision(student), full_precision(teacher), beta=2.0)
 
 
-def targets_of(vit: ViT, images: Tensor, number: int, names: list[str], keep: Tensor | None = None) -> list[Tensor]:
+def targets_of(vit: ViT, images: Tensor, number: int, names: list[str], keep: Tensor | None) -> dict[str, Tensor]:
     """The `names` of TARGETS in block `number` (from 1): relations B H L L, features B L D, class token B D."""
-    x, block = tokens_into(vit, images, number, keep), vit.blocks[number - 1]
+    x, block = vit.through(vit.embed(images, keep), last=number - 1), vit.blocks[number - 1]
     heads = dict(zip("qkv", block.qkv(x), strict=True))                                 # B H L d
     found = {name: relation(heads[name[0]], heads[name[1]]) for name in names if name in RELATIONS}
     found |= {name: each.transpose(1, 2).flatten(2) for name, each in heads.items()}    # B L D
     reach = max(TARGETS[name] for name in names)
     if reach > 0:
-        attention = block.attn(block.norm1(x))
-        found |= {"attention": attention, "attention-residual": x + attention}
+        found["attention"] = block.attn(block.norm1(x))
+        found["attention-residual"] = x + found["attention"]
     if reach > 1:
-        ffn = block.mlp(block.norm2(x + attention))
-        found |= {"ffn": ffn, "block": x + attention + ffn}
+        found["ffn"] = block.mlp(block.norm2(found["attention-residual"]))
+        found["block"] = found["attention-residual"] + found["ffn"]
     if reach > 2:
-        x = found["block"]
-        for block in vit.blocks[number:]:
-            x = block(x)
-        output = vit.norm(x)
-        found |= {"output": output, "class": output[:, 0]}
-    return [found[name] for name in names]
+        found["output"] = vit.norm(vit.through(found["block"], first=number + 1))
+        found["class"] = found["output"][:, 0]
+    return {name: found[name] for name in names}
 
 
 class PixelDecoder(nn.Module):
@@ -248,27 +233,23 @@ def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 
 
 # -------------------------------------------------------------------- the recipe
+from vit import (STEP, Run, Views, amount, common_options, count, launch, normalizer, open_images, parse, random_crop,
+                 say, share, start, torch_seed, vit_options)
 
-# What the paper settled on: the study of its section 3 changes these.
-DEFAULTS = dict(target="qk+vv", softmax=True, mask_ratio=0.0, mim_weight=0.0, jitter=0.4, drop_path=0.1,
-                teacher_drop_path=0.0)
 RECIPES = {
     # The authors' README and code (main_pretrain.py, engine_pretrain.py, models_tinymim.py); one for T, S and B.
     # Fine-tuning: for B they give finetune.py's imagenet-base with --drop-path 0.2, for S and T nothing.
     "imagenet": dict(
-        DEFAULTS, model="tiny", image_size=224, patch_size=16, crop_min=0.2, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+        model="tiny", image_size=224, patch_size=16, crop_min=0.2, mean=IMAGENET_MEAN, std=IMAGENET_STD,
         epochs=300, warmup_epochs=15, batch_size=4096, micro_batch=256, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
-    # Ours: network and batch of mae.py's cifar recipe, learned positions included, so that the two can be compared
-    # and its larger networks can teach; the paper's epochs.
+    # Ours: network and batch of mae.py's cifar recipe, whose larger networks can teach; the paper's epochs.
     "cifar": dict(
-        DEFAULTS, model="tiny", heads=12, image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False,
+        model="tiny", heads=12, image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False,
         positions="learned", crop_min=0.6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         epochs=300, warmup_epochs=15, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
-    # Ours: minutes on two CPU cores. The student and its number of steps are those of mae.py's demo, with half the
-    # images a step, as it sees four times as many of their patches.
+    # Ours: minutes on two CPU cores. Student and steps of mae.py's demo; half the images a step, as it sees them whole.
     "demo": dict(
-        DEFAULTS, model="demo", image_size=32, patch_size=4, crop_min=0.6,
-        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        model="demo", image_size=32, patch_size=4, crop_min=0.6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         epochs=4.8, warmup_epochs=0.25, batch_size=32, micro_batch=32, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
 }
 # Heads of all blocks but the last in the released students (models_tinymim.py), which fine-tune T with 3. The last
@@ -276,63 +257,53 @@ RECIPES = {
 # L -> B -> S -> T, on which the released classes contradict each other.
 HEADS = {"tiny": 6, "small": 6, "base": 12}
 # Decoders of MAE-Lite for tiny and small (a large one only hurts a small encoder), MAE's for the rest.
-DECODERS = {"demo": "64x1x2", "tiny": "96x1x3", "small": "192x1x6"}
+DECODERS = {"demo": (64, 1, 2), "tiny": (96, 1, 3), "small": (192, 1, 6)}
 # What makes a teacher for each recipe.
 TEACHERS = {
     "imagenet": "torchrun --standalone --nproc_per_node=8 mae.py --data {data} --model base --out runs/teacher",
     "cifar": "python mae.py --data {data} --recipe cifar --model small --out runs/teacher",
     "demo": "python mae.py --width 128 --heads 8 --out runs/teacher",
 }
-STUDENT_VIEW = 10  # stream of chance for the jitter
-OPTIONS = {
-    "method": {
-        "teacher": (str, None, "file of a pre-trained encoder: of mae.py, of this script, or an official one"),
-        "teacher_heads": (int, COUNT, "heads of the teacher, where its file does not say"),
-        "teacher_last_heads": (int, COUNT, "heads of the teacher's last block, if other than its file says (the "
-                               "authors' TinyMIM-B: distilled with 16, read by their code with 12)"),
-        "teacher_block": (int, COUNT, "block of the teacher that is imitated, from 1; else 18 of 24, or the last"),
-        "jitter": (float, SHARE, "strength of the student's colour jitter, 0 to 1"),
-        "drop_path": (float, SHARE, "rate of stochastic depth in all blocks of the student but the last"),
-        "crop_min": (float, SHARE, "smallest share of an image's area in a random crop"),
-    },
-    "study (sec. 3.1 of the paper)": {
-        "target": (str, None, f"what is compared, joined by +: {', '.join(TARGETS)}"),
-        "softmax": (bool, None, "compare relations by the divergence of their softmax, else the scores"),
-        "mask_ratio": (float, SHARE, "share of the patches that neither student nor teacher sees"),
-        "mim_weight": (float, NOT_NEGATIVE, "weight of an additional MAE loss; needs --mask-ratio"),
-        "teacher_drop_path": (float, SHARE, "rate of stochastic depth in the teacher's blocks before the imitated one"),
-    },
-}
 
-
-def check(args: Namespace) -> None:
-    """Raises InputError for what no run can do."""
-    if args.teacher is None:
-        command = TEACHERS[args.recipe].format(data=args.data)
-        raise InputError(f"--teacher is needed, a pre-trained encoder: an official file of MAE, or make one by\n"
-                         f"    {command}\nand give --teacher runs/teacher/encoder.pth")
-    names = args.target.split("+")
-    if not set(names) <= set(TARGETS) or len(set(names)) < len(names):
-        raise InputError(f"--target {args.target}: expected different ones of {', '.join(TARGETS)}, joined by +")
+def parse_args(argv: list[str] | None) -> Namespace:
+    parser = common_options(__doc__, RECIPES)
+    add = parser.add_argument_group("method").add_argument
+    add("--teacher", help="file of a pre-trained encoder: of mae.py, of this script, or an official one")
+    add("--teacher-heads", type=count, help="heads of the teacher, where its file does not say")
+    add("--teacher-last-heads", type=count, help="heads of the teacher's last block, if other than its file says (the "
+        "authors' TinyMIM-B: distilled with 16, read by their code with 12)")
+    add("--teacher-block", type=count, help="block of the teacher that is imitated, from 1; else 18 of 24, or the last")
+    add("--jitter", type=share, default=0.4, help="strength of the student's colour jitter, 0 to 1")
+    add("--drop-path", type=share, default=0.1, help="rate of stochastic depth in the student's blocks but the last")
+    add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
+    add = parser.add_argument_group("study (sec. 3.1 of the paper)").add_argument
+    add("--target", nargs="+", choices=TARGETS, default=["qk", "vv"], metavar="TARGET",
+        help=f"what is compared, one or more of {', '.join(TARGETS)}")
+    add("--softmax", action=BooleanOptionalAction, default=True, help="compare relations after softmax, else as scores")
+    add("--mask-ratio", type=share, default=0.0, help="share of the patches that neither student nor teacher sees")
+    add("--mim-weight", type=amount, default=0.0, help="weight of an additional MAE loss; needs --mask-ratio")
+    add("--teacher-drop-path", type=share, default=0.0, help="rate of stochastic depth before the imitated block")
+    return parse(parser, argv, RECIPES)
 
 
 def load_teacher(args: Namespace, device: torch.device) -> tuple[ViT, int, Callable[[Tensor], Tensor]]:
     """The frozen teacher, the number of its block to imitate, and the normalisation that it was trained with. It
     stays outside of the model, so neither optimizer nor checkpoint ever meets it."""
+    if args.teacher is None:
+        raise InputError(f"--teacher is needed, a pre-trained encoder: an official file of MAE, or make one by\n    "
+                         f"{TEACHERS[args.recipe].format(data=args.data)}\nand give --teacher runs/teacher/encoder.pth")
     state, config = read_encoder(args.teacher, args.teacher_heads, "--teacher-heads")
-    theirs, ours, side = config["patch_size"], args.patch_size, args.image_size
+    theirs, ours, side, depth = config["patch_size"], args.patch_size, args.image_size, config["depth"]
     if theirs != ours:
         raise InputError(f"--teacher {args.teacher} cuts {side} pixels into {side // theirs} x {side // theirs} "
                          f"patches of {theirs}, the student into {side // ours} x {side // ours} of {ours}, but "
                          f"tokens are compared one by one: give --patch-size {theirs}")
-    depth = config["depth"]
-    number = args.teacher_block if args.teacher_block is not None else 18 if depth == 24 else depth
-    if not 1 <= number <= depth:
+    number = args.teacher_block or (18 if depth == 24 else depth)
+    if number > depth:
         raise InputError(f"--teacher-block {number}: {args.teacher} has blocks 1 to {depth}")
     size = encoder_options(config, image_size=side, last_heads=args.teacher_last_heads or config["last_heads"])
     teacher = ViT(**size, drop_path=[args.teacher_drop_path if i < number else 0.0 for i in range(1, depth + 1)])
-    to_the_end = any(TARGETS[name] == 3 for name in args.target.split("+"))
-    load_encoder(teacher, state, config, fresh=() if to_the_end else ("norm.",))
+    load_encoder(teacher, state, config, fresh=() if {"output", "class"} & set(args.target) else ("norm.",))
     teacher.train(args.teacher_drop_path > 0)  # nothing but stochastic depth tells the modes apart
     return teacher.to(device).requires_grad_(False), number, normalizer(config["mean"], config["std"], device)
 
@@ -340,84 +311,59 @@ def load_teacher(args: Namespace, device: torch.device) -> tuple[ViT, int, Calla
 def build(args: Namespace, teacher: ViT, number: int) -> TinyMIM:
     """The model that the arguments describe, with weights drawn from --seed."""
     torch.manual_seed(args.seed)
-    size, targets = vit_options(args), args.target.split("+")
-    if args.heads is None:
-        size["heads"] = HEADS.get(args.model, size["heads"])
-    if set(targets) & set(RELATIONS):
+    size = vit_options(args)
+    size["heads"] = args.heads or HEADS.get(args.model, size["heads"])
+    if set(args.target) & set(RELATIONS):
         size["last_heads"] = teacher.blocks[number - 1].attn.heads
     encoder = ViT(**size, drop_path=[args.drop_path] * (size["depth"] - 1) + [0.0])
-    if targets == ["qk", "vv"] and args.softmax and not args.mask_ratio and not args.mim_weight:
+    if args.target == ["qk", "vv"] and args.softmax and not args.mask_ratio and not args.mim_weight:
         return TinyMIM(encoder)
-    decoder = decoder_sizes(DECODERS.get(args.model, "512x8x16"))
-    return TinyMIMStudy(encoder, teacher.width, targets, args.softmax, args.mask_ratio, args.mim_weight, decoder)
+    decoder = DECODERS.get(args.model, (512, 8, 16))
+    return TinyMIMStudy(encoder, teacher.width, args.target, args.softmax, args.mask_ratio, args.mim_weight, decoder)
 
 
 # -------------------------------------------------------------------- the run
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv, __doc__, RECIPES, OPTIONS)
-    world = start_processes(args)
-    images = open_images(args)
-    apply_recipe(args, recipe_for(args, images), RECIPES)
-    check(args)
+    args = parse_args(argv)
+    world = start(args)
     teacher, number, teacher_normalize = load_teacher(args, world.device)
-    model = build(args, teacher, number)
-    out, checkpoint = open_run(args, "tinymim")
-    wrapped = wrap(model, args, world)
-    observe = torch.compile(model.observe) if args.compile else model.observe
-    encoder, config = model.encoder, dict(model.encoder.config, mean=list(args.mean), std=list(args.std))
-
-    parts, steps = parts_of_batch(args, world), len(images) // args.batch_size
-    last, lr = round(args.epochs * steps), args.blr * args.batch_size / 256
+    images = open_images(args)
+    model = build(args, teacher, number).to(world.device)
+    encoder, normalize = model.encoder, normalizer(args.mean, args.std, world.device)
     # As in the released code the class token decays like a matrix; learned positions do not.
     groups = param_groups(model, args.weight_decay, undecayed=("encoder.pos_embed",))
-    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=args.device == "cuda")
-    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
-    normalize = normalizer(args.mean, args.std, world.device)
-    loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
-    log = Log(args, out, world, loader)
-    if world.main:
-        say(f"TinyMIM, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, "
-            f"learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} -> {out}\n"
-            f"{args.target} of block {number} of {teacher.depth} of the teacher ({teacher.width} wide, "
-            f"{teacher.blocks[number - 1].attn.heads} heads) in block {encoder.depth} of the student "
-            f"({encoder.width} wide, {encoder.config['last_heads']} heads, elsewhere {encoder.config['heads']})")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
+    run = Run("tinymim", args, world, images, model, encoder, optimizer)
+    wrapped, scaler = world.wrap(model, args.compile), run.scaler
+    observe = torch.compile(model.observe) if args.compile else model.observe
+    if world.rank == 0:
+        say(f"{'+'.join(args.target)} of block {number} of {teacher.depth} of the teacher ({teacher.width} wide, "
+            f"{teacher.blocks[number - 1].attn.heads} heads) in block {encoder.depth} of the student ({encoder.width} "
+            f"wide, {encoder.config['last_heads']} heads, elsewhere {encoder.config['heads']})")
 
-    def save(step: int) -> None:
-        save_checkpoint(out, "tinymim", step, model, config, optimizer, scaler, args)
-        write_file(dict(model=encoder.state_dict(), config=config), out / "encoder.pth")
-
-    step = first
-    for step in range(first + 1, last + 1):
-        set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
-        jitter = drawn(6, STUDENT_VIEW, step, args, world).chunk(parts)
-        noise = drawn(encoder.patches, MASKS, step, args, world).chunk(parts) if args.mask_ratio else None
-        sums = {}
-        for part in range(parts):
-            pixels = next(loader)[0]                                                    # B C h w, one crop for both
-            reseed(args.seed, step, world.rank, part)  # for stochastic depth
-            masked = [noise[part]] if noise else []
-            jittered = normalize(student_view(pixels, jitter[part], args.jitter))
-            with gradients_shared(wrapped, now=part == parts - 1):
-                with autocast(args):
-                    with torch.no_grad():
-                        goal = observe(teacher, teacher_normalize(pixels), number, *masked)
-                    losses = wrapped(jittered, goal, *masked)
-                scaler.scale(losses["loss"] / parts).backward()
-            sums = {name: sums.get(name, 0) + loss.detach() / parts for name, loss in losses.items()}
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        if log.step(step, rate, **sums):
-            break
-        if log.save_due():
-            save(step)
-    log.finish(save, step)  # a run stopped by a signal ends here
-    if world.main:
-        say(f"next:  python finetune.py --data {args.data} --init {out}/encoder.pth")
+    lengths = [6, encoder.patches] if args.mask_ratio else [6]  # random numbers of an image: for jitter and mask
+    views = Views(images, random_crop(encoder.image_size, args.crop_min), args.seed, numbers=sum(lengths))
+    with run.batches(views) as batches:
+        for step in run.steps(batches):
+            for part in range(1, run.parts + 1):
+                pixels, numbers, _ = next(batches)                                      # B C h w in 0..1, for both
+                jitter, *noise = world.send(numbers).split(lengths, dim=1)              # B 6; if masked, B N
+                torch.manual_seed(torch_seed(STEP, args.seed, step, world.rank, part))  # for stochastic depth
+                with world.share_gradients(wrapped, now=part == run.parts):
+                    with world.autocast():
+                        with torch.no_grad():
+                            teacher_targets = observe(teacher, teacher_normalize(pixels), number, *noise)
+                        student_images = normalize(student_view(pixels, jitter, args.jitter))
+                        losses = wrapped(student_images, teacher_targets, *noise)
+                    scaler.scale(losses["loss"] / run.parts).backward()
+                run.add(**losses)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    if world.rank == 0:
+        say(f"next:  python finetune.py --data {args.data} --init {run.out}/encoder.pth")
 
 
 if __name__ == "__main__":

@@ -43,17 +43,16 @@ def tiny(golden: dict) -> dict:
     config, (teacher_view, view) = golden["config"], views(golden)
     teacher, model = build_vit(config["teacher"]), TinyMIM(build_vit(config["student"]))
     with torch.no_grad():
-        goal = model.observe(teacher, teacher_view, config["teacher"]["intermediate"])
-    losses = model(view, goal)
+        theirs = model.observe(teacher, teacher_view, config["teacher"]["intermediate"])
+    losses = model(view, theirs)
     losses["loss"].backward()
     norms = grad_norms(model, no_encoder)
     encoder = model.encoder
     with torch.no_grad():
-        student = model.observe(encoder, view, encoder.depth)
-        x = encoder.embed(view)
-        for block in encoder.blocks[:-1]:
-            x = block(x)
-    teacher_qk, teacher_vv, student_qk, student_vv = (scores.softmax(-1) for scores in (*goal, *student))
+        ours = model.observe(encoder, view, encoder.depth)
+        x = encoder.through(encoder.embed(view), last=encoder.depth - 1)
+    (teacher_qk, teacher_vv), (student_qk, student_vv) = (
+        [scores[name].softmax(-1) for name in ("qk", "vv")] for scores in (theirs, ours))
     samples = {
         "teacher_qk[0,0,0,:5]": teacher_qk[0, 0, 0, :5].tolist(),
         "teacher_vv[0,1,2,:5]": teacher_vv[0, 1, 2, :5].tolist(),
@@ -68,7 +67,7 @@ def tiny(golden: dict) -> dict:
     # The reference's one step: learning rate 1e-3, betas (0.9, 0.95), weight decay 0.05 on all but vectors.
     torch.optim.AdamW(param_groups(model, 0.05), 1e-3, betas=(0.9, 0.95)).step()
     with torch.no_grad():
-        after = model(view, goal)
+        after = model(view, theirs)
     fixed = [name for name, p in encoder.named_parameters() if not p.requires_grad and name != "pos_embed"]
     return dict(**named(losses), grad_norm=norms, grad_norm_total=float(np.linalg.norm(list(norms.values()))),
                 parameters_without_gradient=fixed, after_one_adamw_step=named(after), samples=samples)
@@ -163,10 +162,10 @@ def masked_input() -> dict:
     model = TinyMIMStudy(encoder, teacher.width, ["qk", "vv"], mask_ratio=0.75)
     noise = mask_noise(dict(batch=len(view), patches=encoder.grid[0] * encoder.grid[1], seed=1))
     with torch.no_grad():
-        goal = model.observe(teacher, teacher_view, config["teacher"]["intermediate"], noise)
-        losses = model(view, goal, noise)
+        theirs = model.observe(teacher, teacher_view, config["teacher"]["intermediate"], noise)
+        losses = model(view, theirs, noise)
     return dict(ids_keep=model.seen(noise).tolist(), qk_loss=losses["qk"].item(), vv_loss=losses["vv"].item(),
-                relation_shape=list(goal[0].shape))
+                relation_shape=list(theirs["qk"].shape))
 
 
 @torch.no_grad()
@@ -185,7 +184,7 @@ def teacher_targets() -> dict:
         "q": ("q", number), "k": ("k", number), "v": ("v", number),
     }
     for key, (name, block) in places.items():
-        value = targets_of(teacher, view, block, [name])[0]
+        value = targets_of(teacher, view, block, [name], keep=None)[name]
         found[key] = {"shape": list(value.shape), "[0,0,:4]": value[0, 0, :4].tolist(), "norm": value.norm().item(),
                       "whitened.abs.sum": F.layer_norm(value, value.shape[-1:]).abs().sum().item()}
     return found
