@@ -416,9 +416,8 @@ def within(low: float, high: float = math.inf, kind: type = float) -> Callable[[
     """A `type` for argparse: finite numbers from `low` to `high`."""
     def number(text: str) -> float:
         value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            limit = f" to {high}" if high < math.inf else " or more"
-            raise argparse.ArgumentTypeError(f"{text}: expected {low}{limit}")
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} " + ("or more" if high == math.inf else f"to {high}"))
         return value
     number.__name__ = "whole number" if kind is int else "number"  # argparse tells "invalid number value"
     return number
@@ -431,7 +430,9 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """The docstring of a script as it stands, and behind each option its value in the recipe."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, argparse.SUPPRESS) else f"{action.help} [%(default)s]"
+        several = isinstance(action.default, (list, tuple))
+        value = " ".join(map(str, action.default)) if several else str(action.default)
+        return action.help if value in ("None", argparse.SUPPRESS) else f"{action.help} [{value}]"
 
 
 def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
@@ -540,7 +541,7 @@ def start(args: Namespace) -> World:
     Raises InputError for a device that is not there or an environment that torchrun did not make."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if name in os.environ]
-    if given and len(given) < len(names):
+    if len(given) not in (0, len(names)):
         raise InputError(f"the environment has {', '.join(given)} but not all of {', '.join(names)}: start several "
                          "processes by torchrun, or unset these for a single one")
     local_rank, device, best = int(os.environ.get("LOCAL_RANK", 0)), torch.device("cpu"), "fp32"
@@ -1084,8 +1085,8 @@ class Run:
             raise SystemExit(1)
         if stop or save or step % every == 0 or step == self.last:
             steps, seconds = step - self.told, now - self.told_when
-            speed = dict(images_per_s=round(steps * args.batch_size / seconds, 1), waiting=round(batches.waited / seconds, 3),
-                         eta_s=round((self.last - step) * seconds / steps))
+            speed = dict(images_per_s=round(steps * args.batch_size / seconds, 1),
+                         waiting=round(batches.waited / seconds, 3), eta_s=round((self.last - step) * seconds / steps))
             if args.device == "cuda":
                 speed["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             self.write(step, epoch=round(step / self.per_epoch, 4), **losses, lr=self.rate, **speed)
