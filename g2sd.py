@@ -20,18 +20,14 @@ Use    from g2sd import GenericStudent, SpecificStudent                         
 Letters in shape comments: B images, C channels, N patches, n kept patches, D encoder width, E decoder width,
        T width of the teacher's decoder, K classes
 """
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit import (COMMON_OPTIONS, COUNT, MASKS, NOT_NEGATIVE, SHARE, Batches, Block, Images, InputError, Log,
-                 View, ViT, World, apply_recipe, autocast, balanced, cosine, decoder_sizes, drawn,
-                 encoder_options, evaluate, gradients_shared, init_linear, launch, load_checkpoint, load_encoder,
-                 load_file, mixing, normalizer, open_images, open_run, param_groups, parse_args, parts_of_batch,
-                 position_table, print_result, random_erasing, read_encoder, recipe_for, reseed, save_checkpoint,
-                 say, sent, set_lr, start_processes, take, vit_options, weights_of, wrap, write_file)
+from vit import (SIZES, Block, InputError, ViT, encoder_options, init_linear, load_encoder, load_file, param_groups,
+                 position_table, read_encoder, take, weights_of)
 
 # -------------------------------------------------------------------- the method: generic stage
 
@@ -50,13 +46,13 @@ class MaskedViT(nn.Module):
         if not 0 < self.kept < patches:
             raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {patches} patches to see; give a value "
                              "between 0 and 1")
-        kind = encoder.config
+        config = encoder.config
         self.encoder = encoder
         self.decoder_embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-        self.decoder_pos_embed = nn.Parameter(position_table(kind["positions"], width, encoder.grid),
-                                              kind["positions"] == "learned")
-        self.decoder_blocks = nn.ModuleList(Block(width, heads, kind["mlp_ratio"], kind["act"], kind["qkv_bias"])
+        self.decoder_pos_embed = nn.Parameter(position_table(config["positions"], width, encoder.grid),
+                                              config["positions"] == "learned")
+        self.decoder_blocks = nn.ModuleList(Block(width, heads, config["mlp_ratio"], config["act"], config["qkv_bias"])
                                             for _ in range(depth))
         self.decoder_embed.apply(init_linear)
         self.decoder_blocks.apply(init_linear)
@@ -133,10 +129,11 @@ class SpecificStudent(ViT):
     """Stage 2: a classifier with a distillation token. The token comes last and has no position (DeiT's is second,
     with one); both tokens pass the same `norm`.
 
+    options      of ViT
     token_head   whether the token has a head of its own; NKD distills into the class token's instead
     """
 
-    def __init__(self, token_head: bool = True, **options):
+    def __init__(self, options: dict, token_head: bool = True):
         super().__init__(**options)
         if self.pool != "cls" or not self.config["classes"]:
             raise InputError("a student of the specific stage is a classifier by its class token")
@@ -151,10 +148,8 @@ class SpecificStudent(ViT):
         """B C h w -> in training the logits of both tokens, B K each (None without a head); else their mean, B K."""
         x = self.embed(images)                                                          # B 1+N D
         x = torch.cat([x, self.dist_token.expand(len(x), -1, -1)], dim=1)               # B 1+N+1 D
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
-        by_class = self.head(x[:, 0])
+        x = self.norm(self.through(x))
+        by_class = self.head(x[:, 0])                                                   # B K
         by_token = self.head_dist(x[:, -1]) if self.head_dist is not None else None
         if self.training:
             return by_class, by_token
@@ -188,7 +183,15 @@ def nkd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
 
 
 # -------------------------------------------------------------------- the recipe
+from vit import (STEP, CentreCrop, Images, Run, Views, World, amount, balanced, common_options, count, default_recipe,
+                 evaluate, launch, mixing, normalizer, open_images, parse, print_result, random_crop, random_erasing,
+                 say, share, start, torch_seed, vit_options, within)
 
+# The authors' SD.sh and main_finetune_dis.py, ViT-S.
+SPECIFIC = dict(
+    distillation="hard", epochs=200, warmup_epochs=5, batch_size=1024, micro_batch=256, blr=1e-3, min_lr=1e-6,
+    weight_decay=0.05, layer_decay=0.75, drop_path=0.0, smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.25,
+    randaugment=9.0, crop_min=0.08, centre=0.875, eval_every=1)
 RECIPES = {
     # The authors' GD.sh and main_distill.py for ViT-S; they have no script of its own for ViT-T (--model tiny).
     "imagenet": dict(
@@ -197,329 +200,268 @@ RECIPES = {
     # Ours: the network of mae.py's recipe for small images, so that the two compare.
     "cifar": dict(
         model="tiny", heads=12, image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False,
-        positions="learned", decoder="128x4x4", tokens="all", crop_min=0.6,
+        positions="learned", decoder=(128, 4, 4), tokens="all", crop_min=0.6,
         epochs=800, warmup_epochs=40, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
     # Ours: two minutes on two CPU cores.
     "demo": dict(
-        model="demo", heads=4, image_size=32, patch_size=4, decoder="64x1x2", tokens="all", crop_min=0.6,
+        model="demo", heads=4, image_size=32, patch_size=4, decoder=(64, 1, 2), tokens="all", crop_min=0.6,
         epochs=9.6, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
-    # The authors' SD.sh and main_finetune_dis.py, ViT-S.
-    "imagenet-specific": dict(
-        distillation="hard", epochs=200, warmup_epochs=5, batch_size=1024, micro_batch=256, blr=1e-3, min_lr=1e-6,
-        weight_decay=0.05, layer_decay=0.75, drop_path=0.0, smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.25,
-        randaugment=9.0, crop_min=0.08, centre=0.875, eval_every=1),
+    "imagenet-specific": SPECIFIC,
     # Ours, after finetune.py's recipes of the same names.
-    "cifar-specific": dict(
-        distillation="hard", epochs=200, warmup_epochs=10, batch_size=512, micro_batch=512, blr=1e-3, min_lr=1e-6,
-        weight_decay=0.05, layer_decay=0.75, drop_path=0.0, smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.0,
-        randaugment=9.0, crop_min=0.8, centre=1.0, eval_every=10),
-    "demo-specific": dict(
-        distillation="hard", labels=500, epochs=30, warmup_epochs=2, batch_size=32, micro_batch=256, blr=1.6e-2,
-        min_lr=1e-6, weight_decay=0.05, layer_decay=0.75, drop_path=0.0, smoothing=0.1, mixup=0.0, cutmix=0.0,
-        erasing=0.0, randaugment=0.0, crop_min=0.6, centre=1.0, eval_every=10),
+    "cifar-specific": dict(SPECIFIC, warmup_epochs=10, batch_size=512, micro_batch=512, erasing=0.0, crop_min=0.8,
+                           centre=1.0, eval_every=10),
+    "demo-specific": dict(SPECIFIC, labels=500, epochs=30, warmup_epochs=2, batch_size=32, blr=1.6e-2, mixup=0.0,
+                          cutmix=0.0, erasing=0.0, randaugment=0.0, crop_min=0.6, centre=1.0, eval_every=10),
 }
 # The authors' students (models_mae.py): 64 channels to a head, and a decoder that is thrown away with the predictor.
-STUDENTS = {"tiny": dict(heads=3, decoder="128x4x4"), "small": dict(heads=6, decoder="256x4x8")}
-OPTIONS = {
-    "method": {
-        "stage": (str, ("generic", "specific"), "generic (no labels, the default) or specific (classification)"),
-        "teacher": (str, None, "generic: last.pth of mae.py, or an official MAE file with decoder; specific: model.pth "
-                               "of finetune.py, or an official fine-tuned file"),
-        "teacher_heads": (int, COUNT, "heads of the teacher, where its file does not say"),
-        "crop_min": (float, SHARE, "smallest share of an image's area in a random crop"),
-    },
-    "generic stage": {
-        "decoder": (str, None, "WIDTHxBLOCKSxHEADS of the student's decoder; tiny has 128x4x4, small 256x4x8"),
-        "layer": (int, COUNT, "block of the teacher's decoder that is imitated, counted from 1, else half way: 4 of 8"),
-        "tokens": (str, ("all", "masked", "visible"), "tokens that are compared: all, masked or visible"),
-        "mask_ratio": (float, SHARE, "share of the patches hidden from both, else as in the teacher's training"),
-        "teacher_decoder_heads": (int, COUNT, "heads of the teacher's decoder, else as its file says, or width / 32"),
-    },
-    "specific stage": {
-        "init": (str, None, "encoder.pth of the generic stage or another; with --eval, model.pth"),
-        "eval": (bool, None, "evaluate the classifier in --init, and nothing else"),
-        "distillation": (str, ("hard", "nkd"), "hard (the teacher's top class, with its own token and head) or nkd"),
-        "labels": (int, COUNT, "labelled training images in total, balanced over the classes; else all"),
-        "layer_decay": (float, SHARE, "factor of the learning rate from block to block downwards"),
-        "drop_path": (float, SHARE, "rate of stochastic depth in the last block, growing from 0"),
-        "smoothing": (float, SHARE, "of the labels"),
-        "mixup": (float, NOT_NEGATIVE, "alpha of MixUp; 0: none"),
-        "cutmix": (float, NOT_NEGATIVE, "alpha of CutMix; 0: none"),
-        "erasing": (float, SHARE, "probability of random erasing"),
-        "randaugment": (float, (0, 10), "magnitude of timm's RandAugment, 0 to 10; 0: none"),
-        "centre": (float, (0.01, 1), "share of the shorter side that is seen in evaluation"),
-        "eval_every": (int, COUNT, "epochs between evaluations"),
-    },
-}
+STUDENTS = {"tiny": dict(heads=3, decoder=(128, 4, 4)), "small": dict(heads=6, decoder=(256, 4, 8))}
+
+
+def parse_args(argv: list[str] | None) -> tuple[Namespace, MaskedViT | tuple[dict, dict]]:
+    """The command line, completed by the file that it follows, and what is in this file: the teacher of the generic
+    stage, or what `read_encoder` gives for --init."""
+    alone = ArgumentParser(add_help=False, allow_abbrev=False)
+    alone.add_argument("--stage", default="generic")
+    stage = alone.parse_known_args(argv)[0].stage
+    parser = common_options(__doc__, RECIPES)
+    add = parser.add_argument_group("method").add_argument
+    add("--stage", choices=["generic", "specific"], default="generic", help="generic (no labels) or specific "
+        "(classification); each has options of its own: see --stage specific --help")
+    add("--teacher", help="generic: last.pth of mae.py, or an official MAE file with decoder; specific: model.pth of "
+        "finetune.py, or an official fine-tuned file")
+    add("--teacher-heads", type=count, help="heads of the teacher, where its file does not say")
+    add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
+    add = parser.add_argument_group(f"{stage} stage").add_argument
+    if stage == "generic":
+        add("--decoder", type=count, nargs=3, metavar=("WIDTH", "BLOCKS", "HEADS"), help="of the student's decoder; "
+            "else by --model: 128 4 4 for tiny, 256 4 8 for small")
+        add("--layer", type=count, help="imitated block of the teacher's decoder, from 1; else half way: 4 of 8")
+        add("--tokens", choices=["all", "masked", "visible"], help="tokens that are compared")
+        add("--mask-ratio", type=share, help="share of the patches hidden from both; else as in the teacher's training")
+        add("--teacher-decoder-heads", type=count, help="of the teacher; else as its file says, or width / 32")
+    else:
+        add("--init", help="encoder.pth of the generic stage or another; with --eval, model.pth")
+        add("--eval", action="store_true", help="evaluate the classifier in --init, and nothing else")
+        add("--distillation", choices=["hard", "nkd"], help="hard: its verdict, for a token of its own; or nkd_loss")
+        add("--labels", type=count, help="labelled training images in total, balanced over the classes; else all")
+        add("--layer-decay", type=share, help="factor of the learning rate from block to block downwards")
+        add("--drop-path", type=share, help="rate of stochastic depth in the last block, growing from 0")
+        add("--smoothing", type=share, help="of the labels")
+        add("--mixup", type=amount, help="alpha of MixUp; 0: none")
+        add("--cutmix", type=amount, help="alpha of CutMix; 0: none")
+        add("--erasing", type=share, help="probability of random erasing")
+        add("--randaugment", type=within(0, 10), help="magnitude of timm's RandAugment, 0 to 10; 0: none")
+        add("--centre", type=within(0.01, 1), help="share of the shorter side that is seen in evaluation")
+        add("--eval-every", type=count, help="epochs between evaluations")
+    args = parse(parser, argv, RECIPES, recipe_of_stage)
+    args.recipe = recipe_of_stage(args)
+    check_stage(args)
+    if args.stage == "generic":
+        loaded, config, args.mask_ratio = load_mae(args)
+        args.layer = args.layer or max(1, len(loaded.decoder_blocks) // 2)  # 4 of 8 in the paper
+    else:
+        _, config = loaded = read_encoder(args.init, args.heads)
+        args.image_size = args.image_size or config["image_size"]
+    args.mean, args.std = config["mean"], config["std"]  # student and teacher see the same tensor
+    return args, loaded
+
+
+def recipe_of_stage(given: Namespace) -> str:
+    """Its name. Those of the specific stage end in -specific, which --recipe may leave out."""
+    name = default_recipe(given)
+    if given.stage == "specific":
+        return name.removesuffix("-specific") + "-specific"
+    if name.endswith("-specific"):
+        raise InputError(f"--recipe {name} is one of --stage specific")
+    return name
 
 
 def check_stage(args: Namespace) -> None:
-    """Raises InputError for options of the other stage, and names the command that makes a file that is not given."""
-    other = dict(generic="specific", specific="generic")[args.stage]
-    foreign = [name for name in OPTIONS[f"{other} stage"] if getattr(args, name) is not None]
-    if args.stage == "specific":  # a file may not know its heads; in training, positions are stretched to --image-size
-        free = ("heads",) if args.eval else ("heads", "image_size")
-        foreign += [name for name in COMMON_OPTIONS["model"] if name not in free and getattr(args, name) is not None]
-    if foreign:
-        raise InputError(f"--{foreign[0].replace('_', '-')} is no option of --stage {args.stage}"
-                         + (", where the network comes from --init" if foreign[0] in COMMON_OPTIONS["model"] else ""))
-    if args.recipe and args.recipe.endswith("-specific") and args.stage == "generic":
-        raise InputError(f"--recipe {args.recipe} is one of --stage specific")
-    size = "--width 128 --heads 8" if args.data == "shapes" else f"--data {args.data} --model base"
+    """Raises InputError if a file is missing, with the command that makes it, or if options contradict --init."""
+    data = f"--data {args.data}"
     if args.stage == "generic" and args.teacher is None:
+        size = "--width 128 --heads 8" if args.data == "shapes" else f"{data} --model base"
         raise InputError("--teacher is missing: an MAE with its decoder. Make one by\n"
                          f"  python mae.py {size} --out runs/teacher\nand give --teacher runs/teacher/last.pth")
-    if args.stage == "specific" and args.init is None:
-        raise InputError("--init is missing: the encoder that the generic stage makes, by\n"
-                         f"  python g2sd.py --data {args.data} --teacher runs/teacher/last.pth --out runs/g2sd\n"
-                         "and give --init runs/g2sd/encoder.pth")
-    if args.stage == "specific" and args.teacher is None and not args.eval:
-        raise InputError("--teacher is missing: a fine-tuned classifier. Make one by\n  python finetune.py "
-                         f"--data {args.data} --init runs/teacher/encoder.pth --out runs/teacher-classes\n"
-                         "and give --teacher runs/teacher-classes/model.pth")
+    if args.stage == "specific":
+        if args.init is None or args.teacher is None and not args.eval:
+            raise InputError("--init is missing, an encoder, or --teacher, a classifier. Make them by\n"
+                             f"  python g2sd.py {data} --teacher runs/teacher/last.pth --out runs/g2sd\n"
+                             f"  python finetune.py {data} --init runs/teacher/encoder.pth --out runs/classes\n"
+                             "and give --init runs/g2sd/encoder.pth --teacher runs/classes/model.pth")
+        fixed = ["model", "width", "depth", "mlp_ratio", "patch_size", "act", "qkv_bias", "positions"]
+        for name in fixed + ["image_size"] * args.eval:  # in training, positions are stretched to --image-size
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')}: in --stage specific the network comes from --init")
 
 
-def load_mae(args: Namespace) -> tuple[MaskedViT, dict]:
-    """The frozen teacher of the generic stage, encoder and decoder, and its config; sets args.mask_ratio where it was
-    not given. The teacher stays outside of the model: neither optimizer nor checkpoint ever meets it.
-
-    Raises InputError for a file without decoder, or unless all weights of both halves match.
-    """
+def load_mae(args: Namespace) -> tuple[MaskedViT, dict, float]:
+    """The frozen teacher of the generic stage, its config, and the share of patches to hide. It stays outside of the
+    model, so neither optimizer nor checkpoint ever meets it. Raises InputError for a file without decoder, or unless
+    all weights of both halves match."""
     state, config = read_encoder(args.teacher, args.teacher_heads, "--teacher-heads")
     file = load_file(args.teacher)
     weights = weights_of(file)
     prefix = [name.removesuffix("decoder_embed.weight") for name in weights if name.endswith("decoder_embed.weight")]
     if not prefix:
-        raise InputError(f"--teacher {args.teacher} holds an encoder only, but this stage imitates the teacher's "
-                         "decoder. Give last.pth of mae.py, not encoder.pth; of the official files "
-                         "mae_pretrain_vit_base_full.pth, not mae_pretrain_vit_base.pth")
+        raise InputError(f"--teacher {args.teacher} has no decoder to be imitated. Give last.pth of mae.py, "
+                         "not encoder.pth; or mae_pretrain_vit_base_full.pth, not mae_pretrain_vit_base.pth")
     decoder = {name.removeprefix(prefix[0]): value for name, value in weights.items()
-               if name.startswith((f"{prefix[0]}decoder_", f"{prefix[0]}mask_token"))}
+               if name.startswith((f"{prefix[0]}decoder_", f"{prefix[0]}mask_token"))
+               and "decoder_norm." not in name and "decoder_pred." not in name}         # these two are never run
     trained = file["args"] if isinstance(file.get("args"), dict) else {}  # ours; the official ones carry no plain types
-    if args.mask_ratio is None:
-        args.mask_ratio = trained.get("mask_ratio", 0.75)
+    ratio = trained.get("mask_ratio", 0.75) if args.mask_ratio is None else args.mask_ratio
     width = len(decoder["decoder_embed.weight"])
     depth = len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")})
-    # Every decoder of MAE, MAE-Lite and G2SD has 32 channels to a head.
-    heads = int(trained["decoder"].split("x")[2]) if trained.get("decoder") else max(1, width // 32)
-    sizes = (width, depth, args.teacher_decoder_heads or heads)
-    teacher = MaskedViT(ViT(**encoder_options(config)), sizes, args.mask_ratio)
+    heads = max(1, width // 32)  # 32 channels to a head, as in every decoder of MAE, MAE-Lite and G2SD
+    if sizes := trained.get("decoder"):
+        heads = int((sizes.split("x") if isinstance(sizes, str) else sizes)[2])  # older files have it as 64x1x2
+    teacher = MaskedViT(ViT(**encoder_options(config)), (width, depth, args.teacher_decoder_heads or heads), ratio)
     load_encoder(teacher.encoder, state, config, fresh=())
-    own = {name: value for name, value in teacher.state_dict().items() if not name.startswith("encoder.")}
-    wrong = [name for name in own if name not in decoder or decoder[name].shape != own[name].shape]
-    wrong += [name for name in decoder if name not in own and not name.startswith(("decoder_norm.", "decoder_pred."))]
-    if wrong:
-        raise InputError(f"--teacher {args.teacher}: its decoder does not fit; missing, unknown or of another shape: "
-                         f"{', '.join(wrong)}")
-    teacher.load_state_dict({name: decoder[name] for name in own}, strict=False)
-    return teacher.eval().requires_grad_(False), config
+    own = {(name, x.shape) for name, x in teacher.state_dict().items() if not name.startswith("encoder.")}
+    if wrong := {name for name, _ in own ^ {(name, x.shape) for name, x in decoder.items()}}:
+        raise InputError(f"--teacher {args.teacher}: missing, unknown or of another shape: {', '.join(sorted(wrong))}")
+    teacher.load_state_dict(decoder, strict=False)
+    return teacher.eval().requires_grad_(False), config, ratio
 
 
 def build_generic(args: Namespace, teacher: MaskedViT) -> GenericStudent:
     """The student that the arguments describe, with weights drawn from --seed."""
-    if args.decoder is None:
-        raise InputError(f"--decoder WIDTHxBLOCKSxHEADS is needed: only {' and '.join(STUDENTS)} have a default")
     torch.manual_seed(args.seed)
-    student = GenericStudent(ViT(**vit_options(args)), decoder_sizes(args.decoder), teacher.decoder_embed.out_features,
-                             args.mask_ratio, args.tokens)
-    sizes = [(vit.image_size, vit.patch_size, vit.grid) for vit in (teacher.encoder, student.encoder)]
-    if sizes[0] != sizes[1]:
-        told = ["{} pixels in patches of {}, a grid of {}".format(*size) for size in sizes]
-        raise InputError(f"the teacher sees {told[0]}; the student {told[1]}. They are compared patch by patch: change "
-                         "--image-size or --patch-size")
-    if not 1 <= args.layer <= len(teacher.decoder_blocks):
+    own = {**SIZES[args.model], "decoder": None, **STUDENTS.get(args.model, {})}
+    decoder, heads = args.decoder or own["decoder"], args.heads or own["heads"]
+    if decoder is None:
+        raise InputError(f"--decoder WIDTH BLOCKS HEADS is needed: only {' and '.join(STUDENTS)} have a default")
+    student = GenericStudent(ViT(**{**vit_options(args), "heads": heads}), decoder,
+                             teacher.decoder_embed.out_features, args.mask_ratio, args.tokens)
+    theirs, ours = ((*vit.image_size, vit.patch_size) for vit in (teacher.encoder, student.encoder))
+    if theirs != ours:
+        raise InputError("the teacher sees {} x {} pixels in patches of {}, the student {} x {} in patches of {}: they "
+                         "are compared patch by patch; change --image-size or --patch-size".format(*theirs, *ours))
+    if args.layer > len(teacher.decoder_blocks):
         raise InputError(f"--layer {args.layer}: the teacher's decoder has blocks 1 to {len(teacher.decoder_blocks)}")
     return student
-
-
-def load_trained(path: str, heads: int | None, flag: str, images: Images, data: str) -> tuple[ViT, dict]:
-    """A classifier that this script or finetune.py wrote, or an official one, and its config. Raises InputError unless
-    it knows as many classes as the data have."""
-    state, config = read_encoder(path, heads, flag)
-    if config["classes"] != len(images.classes):
-        knows = f"knows {config['classes']} classes" if config["classes"] else "is no classifier"
-        raise InputError(f"{path} {knows}, but --data {data} has {len(images.classes)} classes")
-    size = {name: value for name, value in config.items() if name not in ("mean", "std")}
-    model = SpecificStudent("head_dist.weight" in state, **size) if "dist_token" in state else ViT(**size)
-    load_encoder(model, state, config, fresh=())
-    return model, config
 
 
 def build_specific(args: Namespace, state: dict, config: dict, classes: int) -> SpecificStudent:
     """The student with the encoder of --init. Raises InputError unless exactly the token and the heads are new."""
     new = ("dist_token", "head.", "head_dist.")
-    known = [name for name in state if name.startswith(new)]
-    if known:
-        raise InputError(f"--init {args.init} is a classifier already, with {', '.join(known)}; give the encoder.pth "
-                         "of the generic stage")
+    if known := [name for name in state if name.startswith(new)]:
+        raise InputError(f"--init {args.init} is a classifier already, with {', '.join(known)}; give an encoder.pth")
     torch.manual_seed(args.seed)
-    size = encoder_options(config, image_size=args.image_size or config["image_size"], last_heads=None)
-    student = SpecificStudent(args.distillation == "hard", **size, classes=classes, drop_path=args.drop_path)
+    options = encoder_options(config, image_size=args.image_size, last_heads=None, classes=classes,
+                              drop_path=args.drop_path)
+    student = SpecificStudent(options, args.distillation == "hard")
     load_encoder(student, state, config, fresh=new)
     student.pos_embed.requires_grad_(True)  # fixed in the first stage, learned in this one
     return student
+
+
+def load_trained(path: str, state: dict, config: dict, images: Images) -> ViT:
+    """A classifier of this script, of finetune.py or an official one. Raises InputError unless it knows the classes."""
+    if config["classes"] != len(images.classes):
+        raise InputError(f"{path} knows {config['classes']} classes, --data has {len(images.classes)}")
+    options = encoder_options(config, pool=config["pool"], classes=config["classes"])
+    model = SpecificStudent(options, "head_dist.weight" in state) if "dist_token" in state else ViT(**options)
+    load_encoder(model, state, config, fresh=())
+    return model
+
+
+def load_teacher(args: Namespace, student: SpecificStudent, images: Images) -> ViT:
+    """The frozen teacher of the specific stage. Raises InputError unless it sees the same tensor as the student."""
+    state, config = read_encoder(args.teacher, args.teacher_heads, "--teacher-heads")
+    for name, value in (("image_size", student.config["image_size"]), ("mean", args.mean), ("std", args.std)):
+        if config[name] != value:
+            raise InputError(f"the teacher has {name} {config[name]}, the student {value}; both see the same tensor")
+    return load_trained(args.teacher, state, config, images).eval().requires_grad_(False)
 
 
 # -------------------------------------------------------------------- the run
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv, __doc__, RECIPES, OPTIONS)
-    args.stage = args.stage or "generic"
-    check_stage(args)
-    world = start_processes(args)
+    args, loaded = parse_args(argv)
+    world = start(args)
     if args.stage == "generic":
-        generic(args, world)
+        generic(args, loaded, world)
+    elif args.eval:
+        val, normalize = open_images(args, "val", labels=True), normalizer(args.mean, args.std, world.device)
+        model = load_trained(args.init, *loaded, val).to(world.device)
+        print_result(evaluate(model, val, CentreCrop(model.image_size, args.centre), normalize, args, world), world)
     else:
-        specific(args, world)
+        specific(args, *loaded, world)
 
 
-def generic(args: Namespace, world: World) -> None:
-    teacher, config = load_mae(args)
-    args.mean, args.std = config["mean"], config["std"]  # both see the same tensor
-    if args.layer is None:
-        args.layer = max(1, len(teacher.decoder_blocks) // 2)  # 4 of 8 in the paper
-    images = open_images(args)
-    apply_recipe(args, recipe_for(args, images), RECIPES)
-    for name, value in STUDENTS.get(args.model, {}).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    model = build_generic(args, teacher)
-    out, checkpoint = open_run(args, "g2sd")
-    teacher.to(world.device)
-    wrapped = wrap(model, args, world)
-    encoder, config = model.encoder, dict(model.encoder.config, mean=list(args.mean), std=list(args.std))
-
-    parts, steps = parts_of_batch(args, world), len(images) // args.batch_size
-    last, lr = round(args.epochs * steps), args.blr * args.batch_size / 256
-    # Class and mask token decay like matrices, as in the authors' code; learned positions do not.
+def generic(args: Namespace, teacher: MaskedViT, world: World) -> None:
+    images, teacher = open_images(args), teacher.to(world.device)
+    model = build_generic(args, teacher).to(world.device)
+    encoder, normalize = model.encoder, normalizer(args.mean, args.std, world.device)
+    # As in the authors' code, class and mask token decay like matrices; learned positions do not.
     groups = param_groups(model, args.weight_decay, undecayed=("encoder.pos_embed", "decoder_pos_embed"))
-    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=args.device == "cuda")
-    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
-    normalize = normalizer(args.mean, args.std, world.device)
-    loader = Batches(images, View(encoder.image_size, (args.crop_min, 1.0)), args, world, first, last)
-    log = Log(args, out, world, loader)
-    if world.main:
-        say(f"G2SD generic, recipe {args.recipe}: {len(images)} images, {last} steps of {args.batch_size}, learning "
-              f"rate {lr:.3g}, block {args.layer} of {len(teacher.decoder_blocks)} of the teacher's decoder, "
-              f"{args.precision} on {world.size} x {args.device} -> {out}")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
+    run = Run("g2sd", args, world, images, model, encoder, optimizer)
+    wrapped, scaler = world.wrap(model, args.compile), run.scaler
 
-    def save(step: int) -> None:
-        save_checkpoint(out, "g2sd", step, model, config, optimizer, scaler, args)
-        write_file(dict(model=encoder.state_dict(), config=config), out / "encoder.pth")
-
-    step = first
-    for step in range(first + 1, last + 1):
-        set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
-        noise = drawn(encoder.patches, MASKS, step, args, world)                        # rows N
-        sums = {}
-        for part, part_noise in enumerate(noise.chunk(parts), start=1):
-            pixels = normalize(next(loader)[0])                                         # B C h w
-            with gradients_shared(wrapped, now=part == parts):
-                with autocast(args):
-                    target = generic_target(teacher, pixels, part_noise, args.layer)    # B 1+N T
-                    losses = wrapped(pixels, part_noise, target)
-                scaler.scale(losses["loss"] / parts).backward()
-            sums = {name: sums.get(name, 0) + loss.detach() / parts for name, loss in losses.items()}
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        if log.step(step, rate, **sums):
-            break
-        if log.save_due():
-            save(step)
-    log.finish(save, step)  # a run stopped by a signal ends here
-    if world.main:
-        say(f"next:  python finetune.py --data {args.data} --init {out}/encoder.pth\n"
-            f"or     python g2sd.py --stage specific --data {args.data} --init {out}/encoder.pth --teacher MODEL.pth\n"
-            "       (MODEL.pth: the teacher, fine-tuned by finetune.py)")
+    views = Views(images, random_crop(encoder.image_size, args.crop_min), args.seed, numbers=encoder.patches)
+    with run.batches(views) as batches:
+        for step in run.steps(batches):
+            for part in range(1, run.parts + 1):
+                pixels, noise, _ = next(batches)                                        # B C h w in 0..1, B N
+                pixels, noise = normalize(pixels), world.send(noise)
+                with world.share_gradients(wrapped, now=part == run.parts):
+                    with world.autocast():
+                        target = generic_target(teacher, pixels, noise, args.layer)     # B 1+N T
+                        losses = wrapped(pixels, noise, target)
+                    scaler.scale(losses["loss"] / run.parts).backward()
+                run.add(**losses)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    if world.rank == 0:
+        say(f"next:  python finetune.py --data {args.data} --init {run.out}/encoder.pth\n"
+            f"or     python g2sd.py --stage specific --data {args.data} --init {run.out}/encoder.pth --teacher "
+            "MODEL.pth\n       (MODEL.pth: the teacher, fine-tuned by finetune.py)")
 
 
-def specific(args: Namespace, world: World) -> None:
-    val = open_images(args, "val", labels=True)
-    images = val if args.eval else open_images(args, "train", labels=True)
-    apply_recipe(args, recipe_for(args, images).removesuffix("-specific") + "-specific", RECIPES)
-    if args.eval:
-        model, config = load_trained(args.init, args.heads, "--heads", val, args.data)
-        normalize = normalizer(config["mean"], config["std"], world.device)
-        view = View(model.image_size, centre=args.centre)
-        print_result(evaluate(model.to(world.device), val, view, normalize, args, world), world)
-        return
-    state, config = read_encoder(args.init, args.heads)
-    args.mean, args.std = config["mean"], config["std"]
-    model = build_specific(args, state, config, len(images.classes))
-    teacher, its = load_trained(args.teacher, args.teacher_heads, "--teacher-heads", images, args.data)
-    for what, a, b in (("image size", teacher.image_size, model.image_size), ("pixel mean", its["mean"], args.mean),
-                       ("pixel deviation", its["std"], args.std)):
-        if list(a) != list(b):
-            raise InputError(f"the teacher has {what} {list(a)}, the student {list(b)}, but both see the same tensor")
-    teacher.to(world.device).eval().requires_grad_(False)
+def specific(args: Namespace, state: dict, config: dict, world: World) -> None:
+    images, val = open_images(args, "train", labels=True), open_images(args, "val", labels=True)
     if args.labels:
         images = balanced(images, args.labels, args.seed)
-    out, checkpoint = open_run(args, "g2sd")
-    wrapped = wrap(model, args, world)
-    config = dict(model.config, mean=list(args.mean), std=list(args.std))
-
-    parts, steps = parts_of_batch(args, world), len(images) // args.batch_size
-    last, lr = round(args.epochs * steps), args.blr * args.batch_size / 256
-    groups = param_groups(model, args.weight_decay, ("cls_token", "pos_embed"), args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), fused=args.device == "cuda")
-    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    first = load_checkpoint(checkpoint, model, optimizer, scaler) if checkpoint else 0
+    model = build_specific(args, state, config, len(images.classes)).to(world.device)
+    teacher = load_teacher(args, model, images).to(world.device)
     normalize = normalizer(args.mean, args.std, world.device)
-    view = View(model.image_size, (args.crop_min, 1.0), randaugment=args.randaugment)
-    centre = View(model.image_size, centre=args.centre)
-    mix = mixing(args.mixup, args.cutmix, len(images.classes))
-    loader = Batches(images, view, args, world, first, last)
-    log = Log(args, out, world, loader)
-    if world.main:
-        say(f"G2SD specific, recipe {args.recipe}: {len(images)} images of {len(images.classes)} classes, {last} "
-              f"steps of {args.batch_size}, learning rate {lr:.3g}, {args.precision} on {world.size} x {args.device} "
-              f"-> {out}")
+    groups = param_groups(model, args.weight_decay, ("cls_token", "pos_embed"), args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=args.device == "cuda")
+    run = Run("g2sd", args, world, images, model, model, optimizer)
+    wrapped, scaler = world.wrap(model, args.compile), run.scaler
 
-    def save(step: int) -> None:
-        save_checkpoint(out, "g2sd", step, model, config, optimizer, scaler, args)
-        write_file(dict(model=model.state_dict(), config=config), out / "model.pth")
-
-    step = first
-    for step in range(first + 1, last + 1):
-        set_lr(optimizer, rate := cosine((step - 1) / steps, lr, args.min_lr, args.warmup_epochs, args.epochs))
-        sums = {}
-        for part in range(1, parts + 1):
-            pixels, index = next(loader)
-            labels = sent(images.labels[index], world.device)
-            reseed(args.seed, step, world.rank, part)  # for mixing, erasing and stochastic depth
-            pixels = normalize(pixels)                                                  # B C h w
-            if args.erasing:
-                pixels = random_erasing(pixels, args.erasing)
-            if mix:
-                pixels, labels = mix(pixels, labels)                                    # labels become B K
-            with gradients_shared(wrapped, now=part == parts):
-                with autocast(args):
-                    with torch.no_grad():
-                        answers = teacher(pixels)                                       # B K
-                    by_class, by_token = wrapped(pixels)
-                losses = specific_loss(by_class, by_token, labels, answers, args.smoothing)
-                scaler.scale(losses["loss"] / parts).backward()
-            sums = {name: sums.get(name, 0) + loss.detach() / parts for name, loss in losses.items()}
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        if log.step(step, rate, **sums):
-            break
-        if log.save_due():
-            save(step)
-        if step % (steps * args.eval_every) == 0 and step < last:
-            log.flush()
-            if world.main:
-                save(step)  # an evaluation may take long, or meet an image that cannot be read
-            log.write(dict(step=step, **evaluate(model, val, centre, normalize, args, world)))
-    log.finish(save, step)  # a run stopped by a signal ends here
+    views = Views(images, random_crop(model.image_size, args.crop_min, args.randaugment), args.seed)
+    centre, mix = CentreCrop(model.image_size, args.centre), mixing(args.mixup, args.cutmix, len(images.classes))
+    with run.batches(views) as batches:
+        for step in run.steps(batches):
+            for part in range(1, run.parts + 1):
+                pixels, _, index = next(batches)                                        # B C h w in 0..1
+                labels = world.send(torch.from_numpy(images.labels[index]))             # B
+                torch.manual_seed(torch_seed(STEP, args.seed, step, world.rank, part))  # for what draws from here on
+                pixels = normalize(pixels)
+                if args.erasing:
+                    pixels = random_erasing(pixels, args.erasing)
+                if mix:
+                    pixels, labels = mix(pixels, labels)                                # labels become B K
+                with world.share_gradients(wrapped, now=part == run.parts):
+                    with world.autocast():
+                        by_class, by_token = wrapped(pixels)                            # B K each
+                        losses = specific_loss(by_class, by_token, labels, teacher(pixels), args.smoothing)
+                    scaler.scale(losses["loss"] / run.parts).backward()
+                run.add(**losses)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if step % (run.per_epoch * args.eval_every) == 0 and step < run.last:
+                run.look(step, save=True)  # an evaluation may take long, or meet an image that cannot be read
+                run.write(step, **evaluate(model, val, centre, normalize, args, world))
     result = evaluate(model, val, centre, normalize, args, world)
-    log.write(dict(step=step, **result))
+    run.write(run.last, **result)
     print_result(result, world)
 
 

@@ -130,8 +130,8 @@ def vit_options(c: dict) -> dict:
 
 
 def specific_student(golden: dict, kind: str) -> g2sd.SpecificStudent:
-    options = vit_options(golden["config"]["student"])
-    student = g2sd.SpecificStudent(kind == "hard", **options, drop_path=golden["config"]["drop_path"]).double()
+    options = dict(vit_options(golden["config"]["student"]), drop_path=golden["config"]["drop_path"])
+    student = g2sd.SpecificStudent(options, kind == "hard").double()
     student.pos_embed.requires_grad_(True)
     fill(student.named_parameters())
     return student
