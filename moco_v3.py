@@ -24,14 +24,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 from vit import IMAGENET_MEAN, IMAGENET_STD, InputError, ViT
 
@@ -40,19 +39,17 @@ from vit import IMAGENET_MEAN, IMAGENET_STD, InputError, ViT
 
 class MoCo(nn.Module):
     """A ViT with a projector as its head, a momentum (slow) copy of both, and a predictor on the query side only.
+    Names of parameters are the official ones, so files go both ways.
 
     hidden, width   of projector and predictor: D -> hidden -> hidden -> width, and width -> hidden -> width
     temperature     tau of the loss
     freeze_patch    leave the patch projection as it was drawn, as the official recipes do and MAE-Lite's does not
-
-    Names of parameters are the official ones, so files go both ways.
     """
 
     def __init__(self, encoder: ViT, hidden: int = 4096, width: int = 256, temperature: float = 0.2,
                  freeze_patch: bool = False):
         super().__init__()
-        self.temperature = temperature
-        self.base_encoder = encoder
+        self.base_encoder, self.temperature = encoder, temperature
         encoder.head = mlp(encoder.width, hidden, hidden, width)  # the projector; `forward` applies it view by view
         encoder.patch_embed.requires_grad_(not freeze_patch)
         self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
@@ -113,11 +110,9 @@ def spread(z: Tensor) -> Tensor:
 def mlp(*widths: int) -> nn.Sequential:
     """Bias-free linear layers, each followed by BatchNorm and ReLU; the last without ReLU, its BatchNorm not affine."""
     layers = []
-    for number, (before, after) in enumerate(pairwise(widths), start=2):
-        last = number == len(widths)
-        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after, affine=not last)]
-        layers += [] if last else [nn.ReLU()]
-    return nn.Sequential(*layers)
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
+    return nn.Sequential(*layers[:-2], nn.BatchNorm1d(widths[-1], affine=False))
 
 
 def start_weights(vit: ViT) -> ViT:
@@ -142,8 +137,7 @@ def momentum_at(epoch: float, start: float, epochs: float) -> float:
 
 NUMBERS = 13  # random numbers for a view: jitter, 4 strengths, 4 for their order, grey, blur, its sigma, solarize
 STRENGTH = np.array([0.4, 0.4, 0.2, 0.1], np.float32)  # of brightness, contrast, saturation, hue
-# Official values (main_moco.py): the two views differ in the probabilities of blur and solarization.
-BLUR, SOLARIZE = (1.0, 0.1), (0.0, 0.2)
+BLUR, SOLARIZE = (1.0, 0.1), (0.0, 0.2)  # probabilities in view 1 and view 2: all that differs (main_moco.py)
 
 
 @dataclass
@@ -161,12 +155,13 @@ def recolour_views(pixels: Tensor, numbers: Tensor, blur: float) -> list[Tensor]
     return [recolour(pixels[:, view], draw_colours(numbers[:, view], view, blur)) for view in (0, 1)]
 
 
-class Colours(NamedTuple):
+@dataclass
+class Colours:
     """What to do with B images, in this order. Kept on the host, to find the rows without waiting for the device."""
     order: np.ndarray     # B 4: adjustments (0 brightness, 1 contrast, 2 saturation, 3 hue) in their order; -1: none
-    factor: np.ndarray    # B 4: factors of the first three, shift of the hue in turns
+    factor: np.ndarray    # B 4, float32: factors of the first three, shift of the hue in turns
     grey: np.ndarray      # B: true or false
-    sigma: np.ndarray     # B: deviation of the Gaussian blur in pixels; 0: none
+    sigma: np.ndarray     # B, float32: deviation of the Gaussian blur in pixels; 0: none
     solarize: np.ndarray  # B: true or false
 
 
@@ -188,36 +183,29 @@ def recolour(images: Tensor, colours: Colours) -> Tensor:
         values = torch.from_numpy(values)
         return values.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else values
 
-    def change(rows: np.ndarray, how: Callable[..., Tensor], *values: np.ndarray) -> None:
+    def change(rows: np.ndarray, how: Callable[..., Tensor], *values: Tensor) -> None:
         if rows.any():
-            index = send(rows.nonzero()[0])
-            values = [send(v[rows].astype(np.float32)).view(-1, 1, 1, 1) for v in values]
-            images.index_copy_(0, index, how(images.index_select(0, index), *values))
+            for index in send(rows.nonzero()[0]).split(at_once):
+                images.index_copy_(0, index, how(*(x.index_select(0, index) for x in (images, *values))))
 
+    at_once = len(images) if images.is_cuda else 32  # as many as the cache of a CPU holds
+    factors = send(colours.factor).view(-1, 4, 1, 1, 1).unbind(1)                       # B 1 1 1, four times
+    adjustments = (lambda x, factor: (x * factor).clamp_(0, 1),                                       # brightness
+                   lambda x, factor: torch.lerp(luma(x).mean((2, 3), True), x, factor).clamp_(0, 1),  # contrast
+                   lambda x, factor: torch.lerp(luma(x), x, factor).clamp_(0, 1),                     # saturation
+                   hue)
     for place in range(4):  # every image has its own order: at each place, every adjustment takes its images
-        for number, how in enumerate((brightness, contrast, saturation, hue)):
-            change(colours.order[:, place] == number, how, colours.factor[:, number])
+        for number, adjust in enumerate(adjustments):
+            change(colours.order[:, place] == number, adjust, factors[number])
     change(colours.grey, lambda x: luma(x).expand_as(x))
-    change(colours.sigma > 0, gaussian_blur, colours.sigma)
-    change(colours.solarize, lambda x: torch.where(x < 0.5, x, 1 - x))  # 128 and more of 255
+    change(colours.sigma > 0, gaussian_blur, send(colours.sigma).view(-1, 1, 1, 1))
+    change(colours.solarize, lambda x: torch.minimum(x, 1 - x))  # inverts 128 to 255 of 255
     return images
 
 
 def luma(x: Tensor) -> Tensor:
     """B 3 h w -> B 1 h w, the weights of ITU-R 601."""
     return 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
-
-
-def brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor).clamp_(0, 1)
-
-
-def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(luma(x).mean((2, 3), keepdim=True), x, factor).clamp_(0, 1)
-
-
-def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(luma(x), x, factor).clamp_(0, 1)
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -237,14 +225,14 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur with a deviation of its own for each image, sigma B 1 1 1 in pixels, the border repeated. Rows and columns
-    are two matrix products, faster than convolutions: row i of the matrix is a Gaussian around pixel i."""
-    def matrix(side: int) -> Tensor:
-        reach = torch.arange(-8, 9, device=x.device)  # four deviations of 2
-        weights = (-0.5 * (reach / sigma.flatten(1)) ** 2).softmax(1)                          # B 17
-        place = (torch.arange(side, device=x.device) + reach[:, None]).clamp(0, side - 1)     # 17 side
-        return (weights @ F.one_hot(place, side).flatten(1).float()).view(-1, 1, side, side)  # B 1 side side
-    return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).mT
+    """Blur with a deviation of its own for each image, sigma B 1 1 1 in pixels, the border repeated: a convolution along
+    the columns and one along the rows, in which every channel of every image is a group."""
+    reach = torch.arange(-8, 9, device=x.device)  # four deviations of 2
+    kernels = (-0.5 * (reach / sigma.flatten(1)) ** 2).softmax(1).repeat_interleave(3, dim=0)  # 3B 17
+    y = F.pad(x, (8, 8, 8, 8), mode="replicate").flatten(0, 1)                                # 3B h+16 w+16
+    for kernel in (kernels.view(-1, 1, 17, 1), kernels.view(-1, 1, 1, 17)):
+        y = F.conv2d(y, kernel, groups=len(kernels))
+    return y.view(x.shape)
 
 
 # -------------------------------------------------------------------- the recipe
@@ -321,9 +309,8 @@ def main(argv: list[str] | None = None) -> None:
     images = open_images(args)
     model = share_statistics(build(args), args, world).to(world.device)
     encoder, normalize = model.base_encoder, normalizer(args.mean, args.std, world.device)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # As in the official code, biases, norms and the class token decay, too.
-    groups = [dict(params=trained, lr_scale=1.0, weight_decay=args.weight_decay)]
+    # As in the official code, biases, norms and the class token decay, too; what gets no gradient stays as it is.
+    groups = [dict(params=model.parameters(), lr_scale=1.0, weight_decay=args.weight_decay)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=args.device == "cuda")
     run = Run("moco_v3", args, world, images, model, encoder, optimizer)
     wrapped, scaler = world.wrap(model, args.compile), run.scaler
@@ -336,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
             pair = recolour_views(pixels, numbers, args.blur)                           # B C h w each
             if world.rank == 0 and step == 1:
                 save_pairs(pair, run.out / "views.png")
-            # A tensor, for --compile would make a plain number a part of the program, and compile it at every step.
+            # A tensor: --compile would make a plain number a part of the program, and compile it anew at every step.
             momentum = torch.full((), momentum_at((step - 1) / run.per_epoch, args.momentum, args.epochs),
                                   dtype=torch.float64, device=world.device)
             with world.autocast():
@@ -353,9 +340,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def save_pairs(pair: list[Tensor], path: Path) -> None:
     """Writes 32 pairs of views: what the network is told to be the same."""
-    pairs = torch.stack(pair, dim=1)[:32].flatten(0, 1)
     try:
-        save_image(make_grid(pairs, padding=2, pad_value=1.0), path)
+        save_image(torch.stack(pair, dim=1)[:32].flatten(0, 1), path, pad_value=1.0)
     except OSError as error:  # no reason to end a training
         say(f"warning: {path} cannot be written: {error}")
 

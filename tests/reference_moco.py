@@ -2,7 +2,6 @@
 import json
 import math
 import tempfile
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor, multiprocessing, nn
 
 from moco_v3 import MoCo, features, info_nce, momentum_at, start_weights
 from tests.reference import grad_norms, value_for
-from vit import ViT, World, cosine, wrap
+from vit import ViT, World, cosine
 
 
 def evaluate(golden: dict) -> dict:
@@ -33,11 +32,11 @@ def evaluate(golden: dict) -> dict:
 
 # ---- models and views by the convention of the golden files
 
-def build_moco(config: dict, kind: type[MoCo] = MoCo) -> MoCo:
+def build_moco(config: dict) -> MoCo:
     encoder = start_weights(ViT(
         config["img_size"], config["patch_size"], width=config["embed_dim"], depth=config["depth"],
         heads=config["num_heads"], mlp_ratio=config["mlp_ratio"], qkv_bias=config.get("qkv_bias", True)))
-    model = kind(encoder, config["mlp_dim"], config["dim"], config["T"], config["stop_grad_conv1"]).double()
+    model = MoCo(encoder, config["mlp_dim"], config["dim"], config["T"], config["stop_grad_conv1"]).double()
     table = official_positions(config["embed_dim"], encoder.grid)
     for name, parameter in model.named_parameters():
         if name.endswith("pos_embed"):
@@ -156,7 +155,7 @@ def together(ranks: list[dict]) -> dict:
 def one_of_several(rank: int, config: dict, folder: str, changes: tuple[Callable[[], None] | None, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=config["world_size"])
-    world, results = World(rank, config["world_size"], torch.device("cpu")), []
+    world, results = World(rank, config["world_size"], torch.device("cpu"), "fp32"), []
     for change in changes:
         if change is not None:
             change()
@@ -170,8 +169,9 @@ def one_step(config: dict, way: str, world: World) -> dict:
     for module in model.modules():
         if way == "sync_bn" and isinstance(module, nn.BatchNorm1d):
             module.__class__ = GatheredBatchNorm
-    wrapped = wrap(model, types.SimpleNamespace(compile=False), world)
-    loss = wrapped(*(view[world.rows(config["batch"])] for view in two_views(config)), momentum_of(config))["loss"]
+    rows = [view.chunk(world.size)[world.rank] for view in two_views(config)]
+    wrapped = world.wrap(model, compiled=False)  # it must live until the gradients are shared
+    loss = wrapped(*rows, momentum_of(config))["loss"]
     loss.backward()
     return dict(loss=loss.item(), grad_norm=grad_norms(model), buffers=sums(model.named_buffers()),
                 momentum_sum=sum(sums(slow_weights(model).items()).values()))
