@@ -225,8 +225,8 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur with a deviation of its own for each image, sigma B 1 1 1 in pixels, the border repeated: a convolution along
-    the columns and one along the rows, in which every channel of every image is a group."""
+    """Blur with a deviation of its own for each image, sigma B 1 1 1 in pixels, the border repeated: one convolution
+    along the columns and one along the rows, in which every channel of every image is a group."""
     reach = torch.arange(-8, 9, device=x.device)  # four deviations of 2
     kernels = (-0.5 * (reach / sigma.flatten(1)) ** 2).softmax(1).repeat_interleave(3, dim=0)  # 3B 17
     y = F.pad(x, (8, 8, 8, 8), mode="replicate").flatten(0, 1)                                # 3B h+16 w+16
