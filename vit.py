@@ -417,7 +417,7 @@ def within(low: float, high: float = math.inf, kind: type = float) -> Callable[[
     def number(text: str) -> float:
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} " + ("or more" if high == math.inf else f"to {high}"))
+            raise argparse.ArgumentTypeError(f"{text}: expected a {number.__name__}, {low} to {high}")
         return value
     number.__name__ = "whole number" if kind is int else "number"  # argparse tells "invalid number value"
     return number
