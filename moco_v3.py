@@ -118,8 +118,8 @@ def mlp(*widths: int) -> nn.Sequential:
 def start_weights(vit: ViT) -> ViT:
     """The official code's start, where it differs from MAE's: q, k and v drawn as three matrices, a class token and a
     patch bias of (almost) zero, and the sin-cos table with the row before the column."""
-    for block in vit.blocks:
-        for part in block.attn.qkv.weight.data.chunk(3):
+    for weight in (weight for name, weight in vit.named_parameters() if name.endswith("attn.qkv.weight")):
+        for part in weight.data.chunk(3):
             nn.init.xavier_uniform_(part)
     nn.init.zeros_(vit.patch_embed.proj.bias)
     nn.init.normal_(vit.cls_token, std=1e-6)
