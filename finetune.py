@@ -159,7 +159,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | N
         raise InputError("--eval, --reuse, --protocol linear and knn need --init, the file with the weights")
     weights = read_encoder(given.init, given.heads) if given.init else None
     recipe = choose_recipe(given, SIZES[given.model or "tiny"]["width"] if weights is None else weights[1]["width"])
-    parser.set_defaults(**RECIPES[recipe], recipe=recipe)
+    parser.set_defaults(**RECIPES[recipe])
     if weights is None:
         parser.set_defaults(layer_decay=1.0)  # there is nothing to protect in the lower layers
     else:
@@ -168,7 +168,9 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | N
         parser.set_defaults(image_size=size, mean=weights[1]["mean"], std=weights[1]["std"])
         if np.max(size) > 224:
             parser.set_defaults(centre=1.0)  # as timm sees larger images whole
-    return parser.parse_args(argv), weights
+    args = parser.parse_args(argv)
+    args.recipe = recipe
+    return args, weights
 
 
 def choose_recipe(given: Namespace, width: int) -> str:

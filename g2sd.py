@@ -254,7 +254,6 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, MaskedViT | tuple[dic
         add("--centre", type=within(0.01, 1), help="share of the shorter side that is seen in evaluation")
         add("--eval-every", type=count, help="epochs between evaluations")
     args = parse(parser, argv, RECIPES, recipe_of_stage)
-    args.recipe = recipe_of_stage(args)
     check_stage(args)
     if args.stage == "generic":
         loaded, config, args.mask_ratio = load_mae(args)

@@ -447,7 +447,7 @@ def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentPar
     add("--out", help="folder for checkpoints and log; else runs/<script>-<recipe>")
     add("--resume", nargs="?", const="", metavar="PATH", help="continue the run in --out, or that in a folder or file")
     add("--seed", type=within(0, 2**32 - 1, int), default=0, help="of all chance in the run")
-    add("--workers", type=within(0, kind=int), help="processes that decode images; else this process's share of cores")
+    add("--workers", type=within(0, kind=int), help="processes that decode images; else by the cores")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: cuda if there is one")
     add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: fp32 on CPUs")
     add("--compile", action="store_true", help="compile the model: a minute's wait, then faster steps")
@@ -489,8 +489,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipes: dict
           choose: Callable[[Namespace], str] = default_recipe) -> Namespace:
     """The command line; what is not on it has its value in the recipe, which `choose` names by what is on it."""
     recipe = choose(on_command_line(parser, argv))
-    parser.set_defaults(**recipes[recipe], recipe=recipe)
-    return parser.parse_args(argv)
+    parser.set_defaults(**recipes[recipe])
+    args = parser.parse_args(argv)
+    args.recipe = recipe
+    return args
 
 
 def vit_options(args: Namespace) -> dict:
@@ -560,6 +562,7 @@ def start(args: Namespace) -> World:
     args.precision = best if args.precision == "auto" else args.precision
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = cores if args.device == "cuda" else cores // 4  # the others have to train
         args.workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if not given:
         return World(0, 1, device, args.precision)

@@ -238,6 +238,7 @@ def test_what_the_file_says_is_a_default_and_a_flag_that_contradicts_it_is_an_er
     assert arguments("--image-size 32")[0].image_size == 32 and arguments("--layer-decay 0.5")[0].layer_decay == 0.5
     assert arguments("--data d --image-size 224")[0].centre == 0.875 and arguments("--data d --image-size 384")[0].centre == 1.0
     assert parse_args([])[0].layer_decay == 1.0  # from scratch
+    assert arguments("--protocol linear --recipe demo")[0].recipe == "demo-linear"  # as it is named in --out and on resume
     for words, match in (("--width 32", "has 16"), ("--model tiny", "is 16 wide"), ("--heads 2", "trained with 4 heads")):
         with pytest.raises(InputError, match=match):
             arguments(words)

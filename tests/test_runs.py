@@ -1,6 +1,6 @@
 """Whole runs of every script: stopped, killed and resumed, on one and two processes, copied out, and all that users do wrong.
 
-Workers are those that a user gets by default, but where a test says otherwise.
+Workers are those that a user gets by default, but where a test says otherwise: on a CPU a quarter of the cores.
 """
 import importlib
 import json
