@@ -280,9 +280,9 @@ def train(model: ViT, images: Images, val: Images, normalize: Callable[[Tensor],
     with run.batches(views) as batches:
         for step in run.steps(batches):
             for part in range(1, run.parts + 1):
-                pixels, _, index = next(batches)                                        # B C h w in 0..1
+                pixels, _, index = next(batches)                                        # B C h w in 0..1; on the host B
                 labels = world.send(torch.from_numpy(images.labels[index]))             # B
-                torch.manual_seed(torch_seed(STEP, args.seed, step, world.rank, part))  # for what draws from here on
+                torch.manual_seed(torch_seed(STEP, args.seed, step, world.rank, part))  # of erasing, mixing, drop path
                 pixels = normalize(pixels)
                 if args.erasing:
                     pixels = random_erasing(pixels, args.erasing)
@@ -301,7 +301,7 @@ def train(model: ViT, images: Images, val: Images, normalize: Callable[[Tensor],
             scaler.update()
             optimizer.zero_grad()
             if step % (run.per_epoch * args.eval_every) == 0 and step < run.last:
-                run.look(step, save=True)  # an evaluation may take long, or meet an image that cannot be read
+                run.look(step, save=True)  # first, for an evaluation may take long, or meet an image that is broken
                 run.write(step, **evaluate(model, val, centre, normalize, args, world))
     result = evaluate(model, val, centre, normalize, args, world)
     run.write(run.last, **result)

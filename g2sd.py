@@ -44,8 +44,8 @@ class MaskedViT(nn.Module):
         patches, (width, depth, heads) = encoder.patches, decoder
         self.kept = int(patches * (1 - mask_ratio))  # cut, not rounded: as in all official code
         if not 0 < self.kept < patches:
-            raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {patches} patches to see; give a value "
-                             "between 0 and 1")
+            raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {patches} patches to see: at least "
+                             "one must be seen and one hidden")
         config = encoder.config
         self.encoder = encoder
         self.decoder_embed = nn.Linear(encoder.width, width)
@@ -63,7 +63,8 @@ class MaskedViT(nn.Module):
         return self.encoder.encode(images, keep), restore
 
     def decode(self, z: Tensor, restore: Tensor, blocks: int | None = None) -> Tensor:
-        """z B 1+n D, restore B N -> state of all tokens B 1+N E after the decoder's first `blocks` blocks, or all."""
+        """z B 1+n D, restore B N -> state of all tokens B 1+N E after the decoder's last block, or (for G2SD) after its
+        first `blocks`."""
         z = self.decoder_embed(z)                                                       # B 1+n E
         masks = self.mask_token.expand(len(z), restore.shape[1] + 1 - z.shape[1], -1)   # B N-n E
         patches = take(torch.cat([z[:, 1:], masks], dim=1), restore)                    # B N E, in their places
@@ -73,11 +74,12 @@ class MaskedViT(nn.Module):
         return y
 
 
-def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """noise B N -> indices of the `keep` patches with the lowest noise, B n, and `restore` B N: the rank of every patch
-    by its noise. Patch i is hidden if restore[i] >= n; tokens sorted by noise return to image order by this index."""
+def random_masking(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """noise B N -> indices of the n = `kept` patches with the lowest noise, B n, and `restore` B N: the rank of every
+    patch by its noise. Patch i is hidden if restore[i] >= n; tokens sorted by noise return to image order by this
+    index."""
     order = noise.argsort(dim=1)
-    return order[:, :keep], order.argsort(dim=1)  # the second argsort inverts the permutation: restore[order[k]] = k
+    return order[:, :kept], order.argsort(dim=1)  # the second argsort inverts the permutation: restore[order[k]] = k
 
 
 class GenericStudent(MaskedViT):
@@ -109,7 +111,8 @@ class GenericStudent(MaskedViT):
         error = F.smooth_l1_loss(prediction.to(target.dtype), target, beta=2.0, reduction="none").mean(-1)  # B 1+N
         if self.tokens == "all":
             return error.mean()
-        chosen = (restore >= self.kept) == (self.tokens == "masked")                    # B N
+        hidden = restore >= self.kept                                                   # B N
+        chosen = hidden if self.tokens == "masked" else ~hidden
         return (error[:, 1:] * chosen).sum() / chosen.sum()
 
 
@@ -205,7 +208,7 @@ RECIPES = {
     # Ours: two minutes on two CPU cores.
     "demo": dict(
         model="demo", heads=4, image_size=32, patch_size=4, decoder=(64, 1, 2), tokens="all", crop_min=0.6,
-        epochs=9.6, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
+        epochs=8, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
     "imagenet-specific": SPECIFIC,
     # Ours, after finetune.py's recipes of the same names.
     "cifar-specific": dict(SPECIFIC, warmup_epochs=10, batch_size=512, micro_batch=512, erasing=0.0, crop_min=0.8,
@@ -234,7 +237,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, MaskedViT | tuple[dic
     add = parser.add_argument_group(f"{stage} stage").add_argument
     if stage == "generic":
         add("--decoder", type=count, nargs=3, metavar=("WIDTH", "BLOCKS", "HEADS"), help="of the student's decoder; "
-            "else by --model: 128 4 4 for tiny, 256 4 8 for small")
+            "else the recipe's, or by --model: 128 4 4 for tiny, 256 4 8 for small")
         add("--layer", type=count, help="imitated block of the teacher's decoder, from 1; else half way: 4 of 8")
         add("--tokens", choices=["all", "masked", "visible"], help="tokens that are compared")
         add("--mask-ratio", type=share, help="share of the patches hidden from both; else as in the teacher's training")
@@ -242,7 +245,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, MaskedViT | tuple[dic
     else:
         add("--init", help="encoder.pth of the generic stage or another; with --eval, model.pth")
         add("--eval", action="store_true", help="evaluate the classifier in --init, and nothing else")
-        add("--distillation", choices=["hard", "nkd"], help="hard: its verdict, for a token of its own; or nkd_loss")
+        add("--distillation", choices=["hard", "nkd"], help="hard: a token learns the teacher's class; nkd: nkd_loss")
         add("--labels", type=count, help="labelled training images in total, balanced over the classes; else all")
         add("--layer-decay", type=share, help="factor of the learning rate from block to block downwards")
         add("--drop-path", type=share, help="rate of stochastic depth in the last block, growing from 0")
@@ -259,14 +262,15 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, MaskedViT | tuple[dic
         loaded, config, args.mask_ratio = load_mae(args)
         args.layer = args.layer or max(1, len(loaded.decoder_blocks) // 2)  # 4 of 8 in the paper
     else:
-        _, config = loaded = read_encoder(args.init, args.heads)
+        loaded = read_encoder(args.init, args.heads)
+        config = loaded[1]
         args.image_size = args.image_size or config["image_size"]
     args.mean, args.std = config["mean"], config["std"]  # student and teacher see the same tensor
     return args, loaded
 
 
 def recipe_of_stage(given: Namespace) -> str:
-    """Its name. Those of the specific stage end in -specific, which --recipe may leave out."""
+    """Name of the recipe. Those of the specific stage end in -specific, which --recipe may leave out."""
     name = default_recipe(given)
     if given.stage == "specific":
         return name.removesuffix("-specific") + "-specific"
@@ -284,7 +288,7 @@ def check_stage(args: Namespace) -> None:
                          f"  python mae.py {size} --out runs/teacher\nand give --teacher runs/teacher/last.pth")
     if args.stage == "specific":
         if args.init is None or args.teacher is None and not args.eval:
-            raise InputError("--init is missing, an encoder, or --teacher, a classifier. Make them by\n"
+            raise InputError("--init (an encoder) or --teacher (a classifier) is missing. Make them by\n"
                              f"  python g2sd.py {data} --teacher runs/teacher/last.pth --out runs/g2sd\n"
                              f"  python finetune.py {data} --init runs/teacher/encoder.pth --out runs/classes\n"
                              "and give --init runs/g2sd/encoder.pth --teacher runs/classes/model.pth")
@@ -295,9 +299,9 @@ def check_stage(args: Namespace) -> None:
 
 
 def load_mae(args: Namespace) -> tuple[MaskedViT, dict, float]:
-    """The frozen teacher of the generic stage, its config, and the share of patches to hide. It stays outside of the
-    model, so neither optimizer nor checkpoint ever meets it. Raises InputError for a file without decoder, or unless
-    all weights of both halves match."""
+    """The frozen teacher of the generic stage, its config, and the share of patches to hide. The teacher stays outside
+    of the model, so neither optimizer nor checkpoint ever meets it. Raises InputError for a file without decoder, or
+    unless all weights of both halves match."""
     state, config = read_encoder(args.teacher, args.teacher_heads, "--teacher-heads")
     file = load_file(args.teacher)
     weights = weights_of(file)
@@ -308,7 +312,7 @@ def load_mae(args: Namespace) -> tuple[MaskedViT, dict, float]:
     decoder = {name.removeprefix(prefix[0]): value for name, value in weights.items()
                if name.startswith((f"{prefix[0]}decoder_", f"{prefix[0]}mask_token"))
                and "decoder_norm." not in name and "decoder_pred." not in name}         # these two are never run
-    trained = file["args"] if isinstance(file.get("args"), dict) else {}  # ours; the official ones carry no plain types
+    trained = file["args"] if isinstance(file.get("args"), dict) else {}  # ours; in official files a Namespace
     ratio = trained.get("mask_ratio", 0.75) if args.mask_ratio is None else args.mask_ratio
     width = len(decoder["decoder_embed.weight"])
     depth = len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")})
@@ -345,14 +349,14 @@ def build_generic(args: Namespace, teacher: MaskedViT) -> GenericStudent:
 def build_specific(args: Namespace, state: dict, config: dict, classes: int) -> SpecificStudent:
     """The student with the encoder of --init. Raises InputError unless exactly the token and the heads are new."""
     new = ("dist_token", "head.", "head_dist.")
-    if known := [name for name in state if name.startswith(new)]:
+    if known := [name for name in state if name in ("dist_token", "head.weight", "head_dist.weight")]:
         raise InputError(f"--init {args.init} is a classifier already, with {', '.join(known)}; give an encoder.pth")
     torch.manual_seed(args.seed)
     options = encoder_options(config, image_size=args.image_size, last_heads=None, classes=classes,
                               drop_path=args.drop_path)
     student = SpecificStudent(options, args.distillation == "hard")
     load_encoder(student, state, config, fresh=new)
-    student.pos_embed.requires_grad_(True)  # fixed in the first stage, learned in this one
+    student.pos_embed.requires_grad_(True)  # a sin-cos table, too, is learned in this stage
     return student
 
 
@@ -401,11 +405,12 @@ def generic(args: Namespace, teacher: MaskedViT, world: World) -> None:
     run = Run("g2sd", args, world, images, model, encoder, optimizer)
     wrapped, scaler = world.wrap(model, args.compile), run.scaler
 
+    # In worker processes: crop, mirroring, and a number for every patch (the mask), all from (seed, epoch, image).
     views = Views(images, random_crop(encoder.image_size, args.crop_min), args.seed, numbers=encoder.patches)
     with run.batches(views) as batches:
         for step in run.steps(batches):
             for part in range(1, run.parts + 1):
-                pixels, noise, _ = next(batches)                                        # B C h w in 0..1, B N
+                pixels, noise, _ = next(batches)                                # B C h w in 0..1; on the host B N
                 pixels, noise = normalize(pixels), world.send(noise)
                 with world.share_gradients(wrapped, now=part == run.parts):
                     with world.autocast():
@@ -439,9 +444,9 @@ def specific(args: Namespace, state: dict, config: dict, world: World) -> None:
     with run.batches(views) as batches:
         for step in run.steps(batches):
             for part in range(1, run.parts + 1):
-                pixels, _, index = next(batches)                                        # B C h w in 0..1
+                pixels, _, index = next(batches)                                        # B C h w in 0..1; on the host B
                 labels = world.send(torch.from_numpy(images.labels[index]))             # B
-                torch.manual_seed(torch_seed(STEP, args.seed, step, world.rank, part))  # for what draws from here on
+                torch.manual_seed(torch_seed(STEP, args.seed, step, world.rank, part))  # of erasing, mixing, drop path
                 pixels = normalize(pixels)
                 if args.erasing:
                     pixels = random_erasing(pixels, args.erasing)
@@ -457,7 +462,7 @@ def specific(args: Namespace, state: dict, config: dict, world: World) -> None:
             scaler.update()
             optimizer.zero_grad()
             if step % (run.per_epoch * args.eval_every) == 0 and step < run.last:
-                run.look(step, save=True)  # an evaluation may take long, or meet an image that cannot be read
+                run.look(step, save=True)  # first, for an evaluation may take long, or meet an image that is broken
                 run.write(step, **evaluate(model, val, centre, normalize, args, world))
     result = evaluate(model, val, centre, normalize, args, world)
     run.write(run.last, **result)

@@ -5,18 +5,21 @@ He et al., arXiv 2111.06377; for ViT-Tiny with the recipe of MAE-Lite, Wang et a
     keep = a random 25 % of the patches, drawn anew for every image
     z    = encoder([class token, patches[keep]])          the encoder never sees a hidden patch
     y    = decoder([z at the kept positions, mask token elsewhere])
-    loss = mean of (y - pixels)^2 over the hidden patches, pixels normalised within each patch
+    loss = mean of (y - t)^2 over the hidden patches,  t = (pixels - mean) / sqrt(variance + 1e-6) within each patch
 
 With --teacher, D-MAE (MAE-Lite): the raw attention scores q k^T / sqrt(d) of the last block also learn to match those
-of a larger MAE; with --decode-from K as well, D2-MAE: the decoder reads the state after block K, and the blocks above
-learn from the teacher alone. With --recipe cifar, the small-image variant of Tan, arXiv 2402.03752: the loss on the
-visible patches is added with a small weight.
+of a larger MAE; with --decode-from K as well, D2-MAE: the decoder reads the normalised state after block K, and the
+blocks above learn from the teacher alone. With --recipe cifar, the small-image variant of Tan, arXiv 2402.03752: the
+loss on the visible patches is added with a small weight.
 
 Run    python mae.py                                          generated shapes, two minutes on a laptop
        python mae.py --data /imagenet                         one GPU, or the CPU
        torchrun --standalone --nproc_per_node=8 mae.py --data /imagenet    eight GPUs
        python mae.py --data /imagenet --teacher mae_pretrain_vit_base.pth
+Writes encoder.pth (the encoder and its config) and last.pth (all that --resume needs) every ten minutes and at the end,
+       log.jsonl, args.json, pictures/ and reconstruction.png
 Use    from mae import MaskedAutoencoder                      copy this file and vit.py
+       loss = MaskedAutoencoder(ViT(**SIZES["tiny"]))(images)["loss"]
 Letters in shape comments: B images, C channels, h and w height and width in pixels, p patch side, N patches,
        n kept patches, L = 1 + n tokens, D encoder width, E decoder width, H heads, d = D / H
 """
@@ -48,8 +51,8 @@ class MaskedViT(nn.Module):
         patches, (width, depth, heads) = encoder.patches, decoder
         self.kept = int(patches * (1 - mask_ratio))  # cut, not rounded: as in all official code
         if not 0 < self.kept < patches:
-            raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {patches} patches to see; give a value "
-                             "between 0 and 1")
+            raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {patches} patches to see: at least "
+                             "one must be seen and one hidden")
         config = encoder.config
         self.encoder = encoder
         self.decoder_embed = nn.Linear(encoder.width, width)
@@ -67,7 +70,8 @@ class MaskedViT(nn.Module):
         return self.encoder.encode(images, keep), restore
 
     def decode(self, z: Tensor, restore: Tensor, blocks: int | None = None) -> Tensor:
-        """z B 1+n D, restore B N -> state of all tokens B 1+N E after the decoder's first `blocks` blocks, or all."""
+        """z B 1+n D, restore B N -> state of all tokens B 1+N E after the decoder's last block, or (for G2SD) after its
+        first `blocks`."""
         z = self.decoder_embed(z)                                                       # B 1+n E
         masks = self.mask_token.expand(len(z), restore.shape[1] + 1 - z.shape[1], -1)   # B N-n E
         patches = take(torch.cat([z[:, 1:], masks], dim=1), restore)                    # B N E, in their places
@@ -77,11 +81,12 @@ class MaskedViT(nn.Module):
         return y
 
 
-def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """noise B N -> indices of the `keep` patches with the lowest noise, B n, and `restore` B N: the rank of every patch
-    by its noise. Patch i is hidden if restore[i] >= n; tokens sorted by noise return to image order by this index."""
+def random_masking(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """noise B N -> indices of the n = `kept` patches with the lowest noise, B n, and `restore` B N: the rank of every
+    patch by its noise. Patch i is hidden if restore[i] >= n; tokens sorted by noise return to image order by this
+    index."""
     order = noise.argsort(dim=1)
-    return order[:, :keep], order.argsort(dim=1)  # the second argsort inverts the permutation: restore[order[k]] = k
+    return order[:, :kept], order.argsort(dim=1)  # the second argsort inverts the permutation: restore[order[k]] = k
 
 
 class MaskedAutoencoder(MaskedViT):
@@ -111,9 +116,10 @@ class MaskedAutoencoder(MaskedViT):
         return self.decoder_pred(self.decoder_norm(self.decode(z, restore)))[:, 1:]
 
     def reconstruction_loss(self, images: Tensor, prediction: Tensor, hidden: Tensor) -> Tensor:
-        """Mean squared error on the hidden patches; prediction B N ppC, hidden B N (true or false)."""
+        """Mean squared error on the hidden patches, plus visible_weight times that on the others; prediction B N ppC,
+        hidden B N (true or false)."""
         target = patchify(images, self.encoder.patch_size)                              # B N ppC
-        target = target.to(torch.promote_types(target.dtype, torch.float32))
+        target = target.to(torch.promote_types(target.dtype, torch.float32))            # whatever autocast does
         if self.norm_pix:
             mean, std = patch_statistics(target)
             target = (target - mean) / std
@@ -125,8 +131,9 @@ class MaskedAutoencoder(MaskedViT):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstructed images B C h w, and which pixels were hidden (B 1 h w, 0 or 1). Predictions of normalised
-        pixels get the true mean and standard deviation of their patch back, or they would be grey."""
+        """Reconstructed images B C h w, normalised as the given ones, and which pixels were hidden (B 1 h w, 0 or 1).
+        Predictions of normalised pixels get the true mean and standard deviation of their patch back, or they would be
+        grey."""
         z, restore = self.encode(images, noise)
         prediction, patch_size, grid = self.predict(z, restore).float(), self.encoder.patch_size, self.encoder.grid
         if self.norm_pix:
@@ -171,14 +178,12 @@ class DistilledMAE(MaskedAutoencoder):
                  norm_pix: bool = True, visible_weight: float = 0.0, *, teacher_heads: list[int], layers: list[int],
                  weight: float = 1.0):
         super().__init__(encoder, decoder, mask_ratio, norm_pix, visible_weight)
-        if not all(1 <= layer <= encoder.depth for layer in layers):
-            raise InputError(f"layers {layers}: the student has blocks 1 to {encoder.depth}")
         self.layers, self.weight = layers, weight
         self.adapters = nn.ModuleList(nn.Conv2d(encoder.blocks[layer - 1].attn.heads, heads, 1, bias=False)
                                       for layer, heads in zip(layers, teacher_heads, strict=True))
 
     def forward(self, images: Tensor, noise: Tensor, teacher_scores: list[Tensor]) -> dict[str, Tensor]:
-        """images B C h w, noise B N, the teacher's scores B H L L for each layer -> the loss and its two terms."""
+        """images B C h w, noise B N, what `observe_teacher` gave -> the loss and its two terms."""
         keep, restore = random_masking(noise, self.kept)
         scores, z = self.observe(images, keep)
         reconstruction = self.reconstruction_loss(images, self.predict(z, restore), restore >= self.kept)
@@ -187,16 +192,24 @@ class DistilledMAE(MaskedAutoencoder):
                             for adapter, student, teacher in zip(self.adapters, scores, teacher_scores, strict=True))
         return dict(loss=reconstruction + self.weight * attention, reconstruction=reconstruction, attention=attention)
 
+    @torch.no_grad()
+    def observe_teacher(self, teacher: ViT, images: Tensor, noise: Tensor) -> list[Tensor]:
+        """The teacher's raw scores for each layer, B heads L L, on the very patches that the student keeps: same noise,
+        same mask."""
+        keep, _ = random_masking(noise, self.kept)
+        return attention_scores(teacher, images, keep, self.layers)[0]
+
     def observe(self, images: Tensor, keep: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Raw scores B H L L, one for each that the teacher gives, and what the decoder reads, B L D."""
+        """The student's, B H L L, and what the decoder reads, B L D."""
         scores, x = attention_scores(self.encoder, images, keep, self.layers)
         return scores, self.encoder.norm(self.encoder.through(x, first=max(self.layers)))
 
 
 class DecoupledMAE(DistilledMAE):
-    """D2-MAE (MAE-Lite's mae_lite_distill_d2_exp.py): the decoder reads the state after block `decode_from`, so that
-    the blocks above it learn from the teacher alone. One extra block follows, of which only the queries and
-    keys exist; they are compared with the teacher's last, and the block is discarded like the decoder."""
+    """D2-MAE (MAE-Lite's mae_lite_distill_d2_exp.py): the decoder reads the normalised state after block
+    `decode_from`, so that the blocks above it learn from the teacher alone. One extra block follows, of which only
+    norm1 and qkv are kept; the scores of its queries and keys are compared with those of the teacher's last block, and
+    it is discarded like the decoder."""
 
     def __init__(self, encoder: ViT, decoder: tuple[int, int, int] = (96, 1, 3), mask_ratio: float = 0.75,
                  norm_pix: bool = True, visible_weight: float = 0.0, *, teacher_heads: list[int], layers: list[int],
@@ -206,6 +219,8 @@ class DecoupledMAE(DistilledMAE):
         if not 1 <= decode_from < encoder.depth:
             raise InputError(f"decode_from {decode_from}: expected a block from 1 to {encoder.depth - 1}, as the "
                              "blocks above it are the teacher's")
+        if layers != [encoder.depth]:
+            raise InputError(f"layers {layers}: with decode_from only the last block, {encoder.depth}, is compared")
         self.decode_from = decode_from
         self.extra = Block(encoder.width, encoder.blocks[-1].attn.heads, qkv_bias=encoder.config["qkv_bias"])
         self.extra.apply(init_linear)
@@ -225,27 +240,22 @@ class DecoupledMAE(DistilledMAE):
 def attention_scores(vit: ViT, images: Tensor, keep: Tensor, layers: list[int]) -> tuple[list[Tensor], Tensor]:
     """Raw scores B H L L of the blocks `layers` (from 1), and the input B L D of the last of these: nothing beyond
     its queries and keys is computed, so a teacher stops there."""
-    x, entered, scores = vit.embed(images, keep), 1, {}
+    x, block, scores = vit.embed(images, keep), 1, {}
     for layer in sorted(layers):
-        x, entered = vit.through(x, first=entered, last=layer - 1), layer               # B L D, what enters `layer`
+        x, block = vit.through(x, first=block, last=layer - 1), layer                   # B L D, what enters `layer`
         queries, keys, _ = vit.blocks[layer - 1].qkv(x)
         scores[layer] = relation(queries, keys)
     return [scores[layer] for layer in layers], x
-
-
-@torch.no_grad()
-def teacher_scores(model: DistilledMAE, teacher: ViT, pixels: Tensor, noise: Tensor) -> list[Tensor]:
-    """The teacher's scores on the very patches that the student keeps: same noise, same mask."""
-    keep, _ = random_masking(noise, model.kept)
-    return attention_scores(teacher, pixels, keep, model.layers)[0]
 
 
 # -------------------------------------------------------------------- the recipe
 from vit import (CentreCrop, Images, Run, Views, World, amount, common_options, count, launch, normalizer, open_images,
                  parse, random_crop, say, share, start, vit_options)
 
+# batch_size counts the images of all processes, micro_batch those that one holds at once. The learning rate rises over
+# warmup_epochs to blr * batch_size / 256, and falls along half a cosine to min_lr.
 RECIPES = {
-    # MAE-Lite's ViT-Tiny (projects/mae_lite/mae_lite_exp.py), but for its crops: bilinear or bicubic by chance.
+    # MAE-Lite's ViT-Tiny (projects/mae_lite/mae_lite_exp.py); it crops bilinearly or bicubically by chance.
     "imagenet": dict(
         model="tiny", image_size=224, mask_ratio=0.75, norm_pix=True, visible_weight=0.0, crop_min=0.08,
         mean=IMAGENET_MEAN, std=IMAGENET_STD,
@@ -258,14 +268,15 @@ RECIPES = {
         decoder=(96, 2, 3), mask_ratio=0.75, norm_pix=False, visible_weight=0.1, crop_min=0.6,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         epochs=4000, warmup_epochs=400, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
-    # Ours: two minutes on two CPU cores.
+    # Ours: two minutes on two CPU cores, 2,496 steps.
     "demo": dict(
         model="demo", image_size=32, patch_size=4, mask_ratio=0.75, norm_pix=True, visible_weight=0.0, crop_min=0.6,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        epochs=9.6, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
+        epochs=8, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
 }
 # Decoders of MAE-Lite for tiny and small (a large one only hurts a small encoder), MAE's for the rest.
 DECODERS = {"demo": (64, 1, 2), "tiny": (96, 1, 3), "small": (192, 1, 6)}
+
 
 def parse_args(argv: list[str] | None) -> Namespace:
     parser = common_options(__doc__, RECIPES)
@@ -299,9 +310,8 @@ def build(args: Namespace, teacher: ViT | None) -> MaskedAutoencoder:
     if encoder.grid != teacher.grid or encoder.depth != teacher.depth:
         raise InputError(f"--teacher has {teacher.grid} patches and {teacher.depth} blocks, the student {encoder.grid} "
                          f"and {encoder.depth}: D-MAE compares patch by patch and block by block")
-    if max(layers) > encoder.depth or args.decode_from and layers != [encoder.depth]:
-        raise InputError(f"--distill-layers {layers}: there are blocks 1 to {encoder.depth}, and with --decode-from "
-                         "only the last is compared")
+    if max(layers) > encoder.depth:
+        raise InputError(f"--distill-layers {layers}: there are blocks 1 to {encoder.depth}")
     options.update(teacher_heads=[teacher.blocks[layer - 1].attn.heads for layer in layers], layers=layers,
                    weight=args.distill_weight)
     if args.decode_from is None:
@@ -336,40 +346,42 @@ def main(argv: list[str] | None = None) -> None:
     run = Run("mae", args, world, images, model, encoder, optimizer)
     wrapped, scaler = world.wrap(model, args.compile), run.scaler
 
+    # In worker processes: crop, mirroring, and a number for every patch (the mask), all from (seed, epoch, image).
     views = Views(images, random_crop(encoder.image_size, args.crop_min), args.seed, numbers=encoder.patches)
     with run.batches(views) as batches:
         for step in run.steps(batches):
             for part in range(1, run.parts + 1):
-                pixels, noise, _ = next(batches)                                        # B C h w in 0..1, B N
+                pixels, noise, _ = next(batches)                                # B C h w in 0..1; on the host B N
                 noise = world.send(noise)
                 with world.share_gradients(wrapped, now=part == run.parts):
                     with world.autocast():
                         inputs = [normalize(pixels), noise]
                         if teacher:
-                            inputs.append(teacher_scores(model, teacher, teacher_normalize(pixels), noise))
+                            inputs.append(model.observe_teacher(teacher, teacher_normalize(pixels), noise))
                         losses = wrapped(*inputs)
                     scaler.scale(losses["loss"] / run.parts).backward()
                 run.add(**losses)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            if world.rank == 0 and step % max(1, run.last // 10) == 0 and step < run.last:
+            if world.rank == 0 and step % max(1, run.last // 10) == 0 and step < run.last:  # some ten on the way
                 picture = run.out / f"pictures/{step:07d}.png"
                 run.write(step, **save_reconstructions(model, images, normalize, args, world, picture))
     if world.rank == 0:
         errors = save_reconstructions(model, images, normalize, args, world, run.out / "reconstruction.png")
         run.write(run.last, **errors)
-        free = "each hidden patch its true mean" if args.norm_pix else "hidden patches the mean of the visible ones"
-        say(f"squared error on hidden pixels {errors['masked_mse']:.4f}, of {free} {errors['baseline_mse']:.4f}\n"
+        free = "the true mean of each patch" if args.norm_pix else "the mean of the visible patches"
+        say(f"squared error on hidden pixels {errors['masked_mse']:.4f}, for {free} {errors['baseline_mse']:.4f}\n"
             f"{run.out}/reconstruction.png\nnext:  python finetune.py --data {args.data} --init {run.out}/encoder.pth")
 
 
 @torch.no_grad()
 def save_reconstructions(model: MaskedAutoencoder, images: Images, normalize: Callable, args: Namespace, world: World,
                          path: Path) -> dict[str, float]:
-    """Writes rows of image | masked | reconstruction | the same with the visible patches, and measures the squared
-    error on the hidden pixels (0..1) of 64 images. The baseline paints what a network gets for free: with norm_pix
-    the true mean of each hidden patch, else the mean of the image's visible patches."""
+    """Writes a picture of 8 training images, each as image | masked | reconstruction | the same with the visible
+    patches, and measures the squared error on the hidden pixels (0..1) of 64, with the same masks every time. The
+    baseline paints what a network gets for free: with norm_pix the true mean of each hidden patch, else the mean of the
+    image's visible patches."""
     encoder, p = model.encoder, model.encoder.patch_size
     views = Views(images, CentreCrop(encoder.image_size), args.seed, numbers=encoder.patches)
     seen = [views[0, i] for i in np.linspace(0, len(images) - 1, 64).astype(int).tolist()]

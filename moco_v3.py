@@ -8,12 +8,15 @@ Chen, Xie, He, arXiv 2104.02057; for ViT-Tiny with the recipe of MAE-Lite, Wang 
     loss   = ctr(q1, k2) + ctr(q2, k1)
     ctr(q, k) = 2 tau mean_i -log( exp(q_i k_i / tau) / sum_j exp(q_i k_j / tau) )       q, k L2-normalised
 
-The keys k_j are those of the whole batch, on all processes. A uniform guess has the loss 4 tau ln(batch size).
+tau = 0.2; m rises from 0.99 to 1. The keys k_j are those of the whole batch, on all processes. A uniform guess has the
+loss 4 tau ln(batch size).
 
 Run    python moco_v3.py                                          generated shapes, two minutes on a laptop
        python moco_v3.py --data /imagenet                         one GPU
        torchrun --standalone --nproc_per_node=8 moco_v3.py --data /imagenet    eight GPUs
-Use    from moco_v3 import MoCo, start_weights, recolour          copy this file and vit.py
+Writes encoder.pth (the ViT of the queries, without projector) and last.pth (all that --resume needs) every ten minutes
+       and at the end, log.jsonl, args.json, views.png (32 pairs of views)
+Use    from moco_v3 import MoCo, TwoViews, recolour_views          copy this file and vit.py
 Letters in shape comments: B images of this process, M images of all processes, C channels, h and w height and width
        in pixels, D encoder width, E projected width
 """
@@ -117,7 +120,8 @@ def mlp(*widths: int) -> nn.Sequential:
 
 def start_weights(vit: ViT) -> ViT:
     """The official code's start, where it differs from MAE's: q, k and v drawn as three matrices, a class token and a
-    patch bias of (almost) zero, and the sin-cos table with the row before the column."""
+    patch bias of (almost) zero, and the sin-cos table with the row before the column. Projector and predictor keep
+    torch's start, as there."""
     for weight in (weight for name, weight in vit.named_parameters() if name.endswith("attn.qkv.weight")):
         for part in weight.data.chunk(3):
             nn.init.xavier_uniform_(part)
@@ -136,7 +140,7 @@ def momentum_at(epoch: float, start: float, epochs: float) -> float:
 # ---- the two views: crops one by one, then colours on the device, for a whole batch, each image with its own
 
 NUMBERS = 13  # random numbers for a view: jitter, 4 strengths, 4 for their order, grey, blur, its sigma, solarize
-STRENGTH = np.array([0.4, 0.4, 0.2, 0.1], np.float32)  # of brightness, contrast, saturation, hue
+STRENGTH = np.array([0.4, 0.4, 0.2, 0.1], np.float32)  # brightness, contrast, saturation times 1 +- this; hue +- this
 BLUR, SOLARIZE = (1.0, 0.1), (0.0, 0.2)  # probabilities in view 1 and view 2: all that differs (main_moco.py)
 
 
@@ -150,16 +154,17 @@ class TwoViews:
 
 
 def recolour_views(pixels: Tensor, numbers: Tensor, blur: float) -> list[Tensor]:
-    """Crops B 2 C h w in 0..1, changed in place, and on the host random numbers B 2*NUMBERS -> both views, B C h w."""
+    """Crops B 2 C h w in 0..1, which are overwritten; random numbers B 2*NUMBERS on the host -> both views, B C h w."""
     numbers = numbers.view(-1, 2, NUMBERS).numpy()
     return [recolour(pixels[:, view], draw_colours(numbers[:, view], view, blur)) for view in (0, 1)]
 
 
 @dataclass
 class Colours:
-    """What to do with B images, in this order. Kept on the host, to find the rows without waiting for the device."""
+    """What is done to each of B images: adjustments, then grey, blur, solarize. On the host, so that to find the rows
+    nobody waits for the device."""
     order: np.ndarray     # B 4: adjustments (0 brightness, 1 contrast, 2 saturation, 3 hue) in their order; -1: none
-    factor: np.ndarray    # B 4, float32: factors of the first three, shift of the hue in turns
+    factor: np.ndarray    # B 4, float32: factors of the first three, shift of the hue (1: the full circle)
     grey: np.ndarray      # B: true or false
     sigma: np.ndarray     # B, float32: deviation of the Gaussian blur in pixels; 0: none
     solarize: np.ndarray  # B: true or false
@@ -178,7 +183,7 @@ def draw_colours(numbers: np.ndarray, view: int, blur: float) -> Colours:
 
 def recolour(images: Tensor, colours: Colours) -> Tensor:
     """B 3 h w in 0..1, changed in place. As torchvision's ColorJitter, RandomGrayscale and solarize, and as a Gaussian
-    blur, image by image; but no rounding to 255 levels in between."""
+    blur, image by image; but no rounding to 256 levels in between."""
     def send(values: np.ndarray) -> Tensor:  # by way of pinned memory: else it would wait for all that a GPU has to do
         values = torch.from_numpy(values)
         return values.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else values
@@ -199,7 +204,7 @@ def recolour(images: Tensor, colours: Colours) -> Tensor:
             change(colours.order[:, place] == number, adjust, factors[number])
     change(colours.grey, lambda x: luma(x).expand_as(x))
     change(colours.sigma > 0, gaussian_blur, send(colours.sigma).view(-1, 1, 1, 1))
-    change(colours.solarize, lambda x: torch.minimum(x, 1 - x))  # inverts 128 to 255 of 255
+    change(colours.solarize, lambda x: torch.minimum(x, 1 - x))  # inverts the levels 128 to 255
     return images
 
 
@@ -316,10 +321,11 @@ def main(argv: list[str] | None = None) -> None:
     wrapped, scaler = world.wrap(model, args.compile), run.scaler
     uniform_loss = torch.tensor(4 * args.temperature * math.log(args.batch_size), device=world.device)
 
+    # In worker processes: two crops, mirrored or not, and 2 x 13 numbers in 0..1, all from (seed, epoch, image).
     views = Views(images, TwoViews(random_crop(encoder.image_size, args.crop_min)), args.seed, numbers=2 * NUMBERS)
     with run.batches(views) as batches:
         for step in run.steps(batches):
-            pixels, numbers, _ = next(batches)                                          # B 2 C h w in 0..1, B 2*NUMBERS
+            pixels, numbers, _ = next(batches)                          # B 2 C h w in 0..1; on the host B 2*NUMBERS
             pair = recolour_views(pixels, numbers, args.blur)                           # B C h w each
             if world.rank == 0 and step == 1:
                 save_pairs(pair, run.out / "views.png")
@@ -341,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
 def save_pairs(pair: list[Tensor], path: Path) -> None:
     """Writes 32 pairs of views: what the network is told to be the same."""
     try:
-        save_image(torch.stack(pair, dim=1)[:32].flatten(0, 1), path, pad_value=1.0)
+        save_image(torch.stack([view[:32] for view in pair], dim=1).flatten(0, 1), path, pad_value=1.0)
     except OSError as error:  # no reason to end a training
         say(f"warning: {path} cannot be written: {error}")
 

@@ -16,6 +16,8 @@ Run    python mae.py --width 128 --heads 8 --out runs/teacher        a teacher f
        python tinymim.py --teacher runs/teacher/encoder.pth          two minutes on a laptop
        torchrun --standalone --nproc_per_node=8 tinymim.py --data /imagenet --model base \
            --teacher mae_pretrain_vit_large.pth                      L -> B; its encoder.pth teaches S, and so on
+Writes encoder.pth (the student and its config) and last.pth (all that --resume needs) every ten minutes and at the end,
+       log.jsonl, args.json
 Use    from tinymim import TinyMIM                                   copy this file and vit.py
 Letters in shape comments: B images, C channels, h and w height and width in pixels, p patch side, N patches,
        n kept patches, L = 1 + N or 1 + n tokens, D width, E decoder width, H heads, d = D / H
@@ -225,11 +227,12 @@ class PixelDecoder(nn.Module):
         return ((full_precision(y) - target).square().mean(-1) * hidden).sum() / hidden.sum()
 
 
-def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """noise B N -> indices of the `keep` patches with the lowest noise, B n, and `restore` B N: the rank of every patch
-    by its noise. Patch i is hidden if restore[i] >= n; tokens sorted by noise return to image order by this index."""
+def random_masking(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """noise B N -> indices of the n = `kept` patches with the lowest noise, B n, and `restore` B N: the rank of every
+    patch by its noise. Patch i is hidden if restore[i] >= n; tokens sorted by noise return to image order by this
+    index."""
     order = noise.argsort(dim=1)
-    return order[:, :keep], order.argsort(dim=1)  # the second argsort inverts the permutation: restore[order[k]] = k
+    return order[:, :kept], order.argsort(dim=1)  # the second argsort inverts the permutation: restore[order[k]] = k
 
 
 # -------------------------------------------------------------------- the recipe
@@ -250,11 +253,11 @@ RECIPES = {
     # Ours: minutes on two CPU cores. Student and steps of mae.py's demo; half the images a step, as it sees them whole.
     "demo": dict(
         model="demo", image_size=32, patch_size=4, crop_min=0.6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        epochs=4.8, warmup_epochs=0.25, batch_size=32, micro_batch=32, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
+        epochs=4, warmup_epochs=0.25, batch_size=32, micro_batch=32, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
 }
-# Heads of all blocks but the last in the released students (models_tinymim.py), which fine-tune T with 3. The last
-# block has the heads of the imitated one, and a student that teaches keeps them: this is our reading of the sequence
-# L -> B -> S -> T, on which the released classes contradict each other.
+# Heads of all blocks but the last, as in the released students (models_tinymim.py); their code fine-tunes T with 3. The
+# last block has as many as the imitated one, and keeps them when it teaches (L -> B -> S -> T): this is our reading, as
+# the released classes disagree on that number.
 HEADS = {"tiny": 6, "small": 6, "base": 12}
 # Decoders of MAE-Lite for tiny and small (a large one only hurts a small encoder), MAE's for the rest.
 DECODERS = {"demo": (64, 1, 2), "tiny": (96, 1, 3), "small": (192, 1, 6)}
@@ -344,11 +347,12 @@ def main(argv: list[str] | None = None) -> None:
             f"wide, {encoder.config['last_heads']} heads, elsewhere {encoder.config['heads']})")
 
     lengths = [6, encoder.patches] if args.mask_ratio else [6]  # random numbers of an image: for jitter and mask
+    # In worker processes: crop, mirroring, numbers for the jitter and the mask, all from (seed, epoch, image).
     views = Views(images, random_crop(encoder.image_size, args.crop_min), args.seed, numbers=sum(lengths))
     with run.batches(views) as batches:
         for step in run.steps(batches):
             for part in range(1, run.parts + 1):
-                pixels, numbers, _ = next(batches)                                      # B C h w in 0..1, for both
+                pixels, numbers, _ = next(batches)                              # B C h w in 0..1; on the host B 6 (+ N)
                 jitter, *noise = world.send(numbers).split(lengths, dim=1)              # B 6; if masked, B N
                 torch.manual_seed(torch_seed(STEP, args.seed, step, world.rank, part))  # for stochastic depth
                 with world.share_gradients(wrapped, now=part == run.parts):

@@ -11,8 +11,8 @@ It knows nothing of any method, and part 1 knows nothing of it: cut the file the
 
 Use    from vit import ViT, SIZES; model = ViT(**SIZES["tiny"], image_size=224, classes=1000)
 Names of parameters are timm's, so files go both ways.
-Letters in shape comments: B images, C channels, N patches, n kept patches, L = 1 + N tokens, D width, H heads,
-       d = D / H, h and w height and width in pixels
+Letters in shape comments: B images, C channels, N patches, n kept patches, L tokens (1 + N, or 1 + n), D width,
+       H heads, d = D / H, h and w height and width in pixels
 """
 import math
 from argparse import Namespace
@@ -534,7 +534,7 @@ class World:
         return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
 
     def share_gradients(self, wrapped: nn.Module, now: bool):
-        """Context of a backward pass: processes average their gradients only in the last part of a batch."""
+        """Context of forward and backward pass: processes average their gradients only in the last part of a batch."""
         return wrapped.no_sync() if self.size > 1 and not now else nullcontext()
 
 
@@ -682,18 +682,18 @@ class Images:
             with Image.open(path) as image:
                 if self.enough:
                     image.draft("RGB", (self.enough, self.enough))
-                return v2.functional.pil_to_tensor(eight_bits(image).convert("RGB"))
+                return v2.functional.pil_to_tensor(to_rgb(image))
         except UNREADABLE as error:
             raise InputError(f"{path}: cannot be read ({error})") from None
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit and float grey is scaled to 0..255, as Pillow would clip it to white; all else stays as it is."""
-    if not image.mode.startswith("I") and image.mode != "F":
-        return image
-    grey = np.asarray(image, np.float32)
-    top = 65535 if image.mode.startswith("I;16") or grey.max() > 255 else 1 if grey.max() <= 1 else 255
-    return Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as RGB. 16-bit and float grey is scaled to 0..255, as Pillow would clip it to white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image, np.float32)
+        top = 65535 if image.mode.startswith("I;16") or grey.max() > 255 else 1 if grey.max() <= 1 else 255
+        image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy it
 
 
 def open_images(args: Namespace, split: str = "train", labels: bool = False) -> Images:
@@ -837,9 +837,9 @@ class Views(Dataset):
 
 
 class Batches(Iterator, AbstractContextManager):
-    """Iterator over parts of batches: pixels B 3 h w in 0..1 on the device; on the host, random numbers B n and the
-    numbers of the images B. Raises InputError if more than 1 % of the images, and at least 50, cannot be read.
-    `waited`: seconds that were spent on waiting for them."""
+    """Iterator over parts of batches: views B 3 h w in 0..1 on the device (of MoCo B 2 3 h w); on the host, random
+    numbers B n and the numbers of the images B. `waited`: seconds that were spent on waiting for them.
+    Raises InputError if more than 1 % of the images, and at least 50, cannot be read."""
 
     def __init__(self, views: Views, parts: Iterator[list[tuple[int, int]]], args: Namespace, world: World):
         self.world, self.waited, self.seen, self.complaints, self.requests = world, 0.0, 0, set(), deque()
@@ -1128,7 +1128,7 @@ class Run:
                             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict()),
                        self.out / "last.pth")
             weights = {name: x for name, x in self.network.state_dict().items()
-                       if config["classes"] or not name.startswith("head.")}  # where MoCo has its projector
+                       if config["classes"] or not name.startswith("head.")}  # in training a projector may stand there
             write_file(dict(model=weights, config=config),
                        self.out / ("model.pth" if config["classes"] else "encoder.pth"))
 

@@ -1,6 +1,6 @@
 """Speed, as ratios of two ways to do the same in one run, because machines are noisy. Run by hand:
 
-    python tests/bench.py                      generated pictures
+    python tests/bench.py                      generated images
     python tests/bench.py --data /imagenet     files of your own, for the input pipeline
 """
 import argparse
@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mae import MaskedAutoencoder  # noqa: E402
-from vit import CROPS, SIZES, Attention, Decoder, View, ViT, open_folder, relation, shapes, uniform  # noqa: E402
+from vit import SIZES, Attention, Images, Views, ViT, open_images, random_crop, relation, shapes  # noqa: E402
 
 
 def rates(images: int, device: str, rounds: int = 7, **ways: Callable[[], object]) -> dict[str, float]:
@@ -71,29 +72,24 @@ def training_steps(device: str) -> None:
         show(f"{name}, batch {batch}, {device}", rates(batch, device, **ways))
 
 
-def input_pipeline(data: str) -> None:
-    torch.set_num_threads(1)
-    files = open_folder(data, "train", False)
-    files = files.subset(np.linspace(0, len(files) - 1, min(len(files), 100)).astype(int))
-    textbook = v2.Compose([v2.RandomResizedCrop(224, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
-                           v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
-    decoder, numbers = Decoder(files, View((224, 224), (0.2, 1.0))), uniform((len(files), View.NUMBERS), 0, CROPS, 0)
-    show(f"from a file to a crop of 224 pixels, one core, {len(files)} files of {data}", rates(
-        len(files), "cpu", rounds=5,
-        **{"PIL decode, RandomResizedCrop, ToTensor, Normalize": lambda: [textbook(Image.open(files.path(i)).convert("RGB")) for i in range(len(files))],
-           "ours (bytes; the rest happens on the device)": lambda: decoder[np.arange(len(files)), numbers]}))
+def textbook(side: int, smallest: float) -> v2.Compose:
+    """As in the official code: crop and flip of a PIL image, then floats, normalised, all in the worker."""
+    return v2.Compose([v2.RandomResizedCrop(side, (smallest, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
+                       v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
 
 
-def packed_pipeline(device: str) -> None:
-    images, view, index = shapes(2000, 0), View((36, 36), (0.6, 1.0)), np.arange(512)
-    images.items = images.items.to(device)
-    numbers = uniform((512, View.NUMBERS), 0, CROPS, 0)
-    pictures = [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in images.items[:512]]
-    textbook = v2.Compose([v2.RandomResizedCrop(36, (0.6, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
-                           v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    show(f"32-pixel pictures in memory to crops of 36 pixels, {torch.get_num_threads()} threads, {device}", rates(512, device, **{
-        "per image, PIL": lambda: torch.stack([textbook(p) for p in pictures]),
-        "ours: the whole batch on the device": lambda: images.look(index, numbers, view)}))
+def input_pipeline(images: Images, side: int, smallest: float, title: str) -> None:
+    """What a worker does for an image, on one core: from a file, or from an array in memory, to a batch."""
+    if images.items.ndim == 1:
+        paths = [Path(images.root, name.decode()) for name in images.items]
+        pictures = (lambda i: Image.open(paths[i]).convert("RGB"))
+    else:
+        pictures = (lambda i: Image.fromarray(images.items[i]))
+    theirs, views, number = textbook(side, smallest), Views(images, random_crop((side, side), smallest), 0, numbers=196), range(len(images))
+    show(f"{title}, {len(images)} images to batches of {side} pixels, one core", rates(
+        len(images), "cpu", rounds=5,
+        **{"PIL, float32, normalised, as in the official code": lambda: default_collate([theirs(pictures(i)) for i in number]),
+           "ours: bytes, seeds and masks' noise (floats on the device)": lambda: default_collate([views[0, i] for i in number])}))
 
 
 def main() -> None:
@@ -103,16 +99,17 @@ def main() -> None:
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
     training_steps(args.device)
-    packed_pipeline(args.device)
-    if args.data:
-        input_pipeline(args.data)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
+    torch.set_num_threads(1)
+    input_pipeline(shapes(2000, 0), 32, 0.6, "in memory")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.data is None:
             rng = np.random.default_rng(0)
-            for i in range(50):  # smooth pictures of ImageNet's usual size
+            for i in range(50):  # smooth images of ImageNet's usual size
                 small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
                 small.resize((500, 375), Image.Resampling.BICUBIC).save(f"{folder}/{i}.jpg", quality=90)
-            input_pipeline(folder)
+        files = open_images(argparse.Namespace(data=args.data or folder, image_size=224))
+        some = np.linspace(0, len(files) - 1, min(len(files), 100)).astype(int)
+        input_pipeline(files.subset(some), 224, 0.2, f"from {args.data or 'generated JPEGs'}")
 
 
 if __name__ == "__main__":

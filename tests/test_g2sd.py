@@ -332,7 +332,7 @@ def test_hand_over_takes_the_authors_files_and_refuses_any_other_difference(chan
 
 @pytest.mark.parametrize("flags, told", [
     ("", "python mae.py --width 128 --heads 8 --out runs/teacher"), ("--data /pictures", "python mae.py --data /pictures --model base"),
-    ("--stage specific", "--init is missing"), ("--stage specific --eval", "--init is missing"),
+    ("--stage specific", "is missing"), ("--stage specific --eval", "is missing"),
     ("--stage specific --init e.pth", "python finetune.py"), ("--teacher t.pth --recipe demo-specific", "one of --stage specific"),
     ("--stage specific --init e.pth --teacher t.pth --width 64", "--width: .* the network comes from --init"),
     ("--stage specific --init e.pth --eval --image-size 64", "--image-size: .* the network comes from --init"),
