@@ -207,7 +207,7 @@ RECIPES = {
         epochs=800, warmup_epochs=40, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
     # Ours: two minutes on two CPU cores.
     "demo": dict(
-        model="demo", heads=4, image_size=32, patch_size=4, decoder=(64, 1, 2), tokens="all", crop_min=0.6,
+        model="demo", image_size=32, patch_size=4, decoder=(64, 1, 2), tokens="all", crop_min=0.6,
         epochs=8, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
     "imagenet-specific": SPECIFIC,
     # Ours, after finetune.py's recipes of the same names.
