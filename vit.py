@@ -983,7 +983,7 @@ class Run:
         args.images = len(images)  # noted, so that a run is not continued on others
         self.out = self.resume()
         mine = torch.tensor([self.first, args.images], device=world.device)
-        if not torch.equal(world.sum(mine.clone()), world.size * mine):
+        if world.size > 1 and not torch.equal(world.sum(mine.clone()), world.size * mine):
             raise InputError("processes see different checkpoints or images: --out and --data must be the same for all")
 
     def resume(self) -> Path:
