@@ -394,12 +394,11 @@ import sys
 import time
 import traceback
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import zip_longest
+from itertools import tee, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -430,9 +429,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """The docstring of a script as it stands, and behind each option its value in the recipe."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        several = isinstance(action.default, (list, tuple))
-        value = " ".join(map(str, action.default)) if several else str(action.default)
-        return action.help if value in ("None", argparse.SUPPRESS) else f"{action.help} [{value}]"
+        value = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else action.default
+        return action.help if value in (None, argparse.SUPPRESS) else f"{action.help} [{value}]"
 
 
 def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
@@ -543,17 +541,17 @@ def start(args: Namespace) -> World:
     Raises InputError for a device that is not there or an environment that torchrun did not make."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if name in os.environ]
-    if len(given) not in (0, len(names)):
+    if 0 < len(given) < len(names):
         raise InputError(f"the environment has {', '.join(given)} but not all of {', '.join(names)}: start several "
                          "processes by torchrun, or unset these for a single one")
-    local_rank, device, best = int(os.environ.get("LOCAL_RANK", 0)), torch.device("cpu"), "fp32"
+    device, best = torch.device("cpu"), "fp32"
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"--device cuda: process {local_rank} of this machine finds {torch.cuda.device_count()} "
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--device cuda: process {device.index} of this machine finds {torch.cuda.device_count()} "
                              "GPUs; start no more processes than there are, or choose --device cpu")
-        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -564,11 +562,10 @@ def start(args: Namespace) -> World:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = cores if args.device == "cuda" else cores // 4  # the others have to train
         args.workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if not given:
-        return World(0, 1, device, args.precision)
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=20),
-                            device_id=device if args.device == "cuda" else None)
-    return World(dist.get_rank(), dist.get_world_size(), device, args.precision)
+    if given:
+        backend, bound_to = ("nccl", device) if args.device == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(minutes=20), device_id=bound_to)
+    return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device, args.precision)
 
 
 def say(text: str) -> None:
@@ -638,7 +635,6 @@ def torch_seed(*place: int) -> int:
 # ---- images
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on broken files
 # name: (class in torchvision.datasets, options for training, for evaluation, and for pre-training if others)
 TORCHVISION = {
     "cifar10": ("CIFAR10", [dict(train=True)], [dict(train=False)]),
@@ -683,7 +679,7 @@ class Images:
                 if self.enough:
                     image.draft("RGB", (self.enough, self.enough))
                 return v2.functional.pil_to_tensor(to_rgb(image))
-        except UNREADABLE as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken files
             raise InputError(f"{path}: cannot be read ({error})") from None
 
 
@@ -715,31 +711,31 @@ def open_folder(data: str, split: str, labels: bool) -> Images:
         root = data
     names, classes, ids = sorted(find_images(root)), None, None
     if labels:
-        names = [name for name in names if b"/" in name]
-        classes = sorted(folder for folder in next(os.walk(train, onerror=refuse_folder))[1] if folder[0] != ".")
-        number = {os.fsencode(name): i for i, name in enumerate(classes)}
-        if unknown := sorted({os.fsdecode(name.split(b"/")[0]) for name in names} - set(classes)):
+        names = [name for name in names if "/" in name]
+        folders = [name.split("/")[0] for name in names]
+        classes = sorted(name for name in next(os.walk(train, onerror=refuse_folder))[1] if name[0] != ".")
+        if unknown := sorted(set(folders) - set(classes)):
             raise InputError(f"--data {data}: classes {', '.join(unknown[:5])} are in {split}/ but not in train/")
-        ids = np.array([number[name.split(b"/")[0]] for name in names], np.int64)
-        for empty in np.setdiff1d(np.arange(len(classes)), ids):
-            say(f"warning: class {classes[empty]} has no images in {root}")
+        for empty in sorted(set(classes) - set(folders)):
+            say(f"warning: class {empty} has no images in {root}")
+        number = {name: i for i, name in enumerate(classes)}
+        ids = np.array([number[name] for name in folders], np.int64)
     if not names:
         raise InputError(f"--data {data}: no images in {root}{'/<class>' * labels} (looked for {' '.join(SUFFIXES)})")
-    return Images(np.array(names), ids, classes, root)
+    return Images(np.array([os.fsencode(name) for name in names]), ids, classes, root)
 
 
-def find_images(root: str) -> Iterator[bytes]:
+def find_images(root: str) -> Iterator[str]:
     """Names of the images below a folder, relative to it."""
-    suffixes, top = tuple(map(str.encode, SUFFIXES)), os.fsencode(root)
-    for where, folders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(b".")]
-        inside = os.path.relpath(where, top) + b"/" if where != top else b""
-        yield from (inside + name for name in files if name.lower().endswith(suffixes) and not name.startswith(b"."))
+    for where, folders, files in os.walk(root, onerror=refuse_folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        inside = os.path.relpath(where, root) + "/" if where != root else ""
+        yield from (inside + name for name in files if name.lower().endswith(SUFFIXES) and name[0] != ".")
 
 
 def refuse_folder(error: OSError) -> None:  # one that is not there, not allowed, or links that lead in a circle
-    raise InputError(f"--data: {os.fsdecode(error.filename)}: {error.strerror}; expected a folder with <split>/<class>/"
-                     f"<image>, or one of {', '.join(TORCHVISION)}, shapes")
+    raise InputError(f"--data: {error.filename}: {error.strerror}; expected a folder with <split>/<class>/<image>, or "
+                     f"one of {', '.join(TORCHVISION)}, shapes")
 
 
 def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
@@ -748,15 +744,13 @@ def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
     chosen = val if split == "val" else train if labels or not unlabelled else unlabelled[0]
     if args.download and dist.is_initialized():
         raise InputError("--download is for one process: run the command once without torchrun, and with --epochs 0")
-    download = dict(download=True) if args.download else {}
     try:
-        parts = [getattr(datasets, name)(args.data_root, **options, **download) for options in chosen]
+        parts = [getattr(datasets, name)(args.data_root, download=args.download, **options) for options in chosen]
     except (RuntimeError, OSError) as error:
         raise InputError(f"--data {args.data}: not in {args.data_root} ({error}); --download fetches it") from None
-    if hasattr(parts[0], "data"):  # CIFAR, STL10: already an array, M h w 3 or M 3 h w
-        items = np.concatenate([part.data for part in parts])
+    if hasattr(parts[0], "data"):  # CIFAR, STL10: one part, already an array, M h w 3 or M 3 h w
+        items, ids = parts[0].data, parts[0].targets if hasattr(parts[0], "targets") else parts[0].labels
         items = items.transpose(0, 2, 3, 1) if items.shape[1] == 3 else items
-        ids = np.concatenate([part.targets if hasattr(part, "targets") else part.labels for part in parts])
     else:  # the others know files and labels without decoding, but under no public name
         pairs = [pair for part in parts for pair in (part._samples if hasattr(part, "_samples") else
                  zip(part._images if hasattr(part, "_images") else part._image_files, part._labels, strict=True))]
@@ -836,33 +830,32 @@ class Views(Dataset):
         raise InputError(f"50 images in a row cannot be read; {complaint}")
 
 
+REQUEST = 128  # images that a worker is asked for at once: its answer must fit into shared memory
+
+
 class Batches(Iterator, AbstractContextManager):
     """Iterator over parts of batches: views B 3 h w in 0..1 on the device (of MoCo B 2 3 h w); on the host, random
     numbers B n and the numbers of the images B. `waited`: seconds that were spent on waiting for them.
     Raises InputError if more than 1 % of the images, and at least 50, cannot be read."""
 
     def __init__(self, views: Views, parts: Iterator[list[tuple[int, int]]], args: Namespace, world: World):
-        self.world, self.waited, self.seen, self.complaints, self.requests = world, 0.0, 0, set(), deque()
-        others = multiprocessing.active_children()
-        self.items = iter(DataLoader(
-            views, batch_sampler=in_requests(parts, self.requests), num_workers=args.workers,
-            pin_memory=args.device == "cuda", worker_init_fn=leave_signals_alone, generator=torch.Generator()))
+        self.world, self.waited, self.seen, self.complaints = world, 0.0, 0, set()
+        others, (self.parts, asked) = multiprocessing.active_children(), tee(parts)
+        requests = (part[i:i + REQUEST] for part in asked for i in range(0, len(part), REQUEST))
+        self.items = iter(DataLoader(views, batch_sampler=requests, num_workers=args.workers,
+                                     pin_memory=args.device == "cuda", worker_init_fn=leave_signals_alone,
+                                     generator=torch.Generator()))
         workers = [process for process in multiprocessing.active_children() if process not in others]
         self.end_workers = weakref.finalize(self, end_processes, workers)  # the end of the program calls it, too
 
-    def close(self, *error) -> None:
+    def __exit__(self, *error) -> None:
         self.end_workers()
         self.items = iter(())  # no queue of the loader is left for a later worker to inherit
 
-    __exit__ = close
-
     def __next__(self) -> tuple[Tensor, Tensor, Tensor]:
-        begin, answers = time.monotonic(), [self.answer()]
-        while len(answers) < self.requests[0]:
-            answers.append(self.answer())
-        self.requests.popleft()
+        begin, part = time.monotonic(), next(self.parts)
+        pixels, numbers, index = zip(*[self.answer() for _ in range(0, len(part), REQUEST)], strict=True)
         self.waited += time.monotonic() - begin
-        pixels, numbers, index = zip(*answers, strict=True)
         return torch.cat([*map(self.world.send, pixels)]).float().div_(255), torch.cat(numbers), torch.cat(index)
 
     def answer(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -871,9 +864,9 @@ class Batches(Iterator, AbstractContextManager):
             pixels, numbers, index, complaints = next(self.items)
         except (InputError, RuntimeError, ConnectionError) as error:
             told = str(error).rpartition("InputError: ")[2].strip()  # from a worker it comes at the end of a traceback
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in told:
+                raise  # no word of the loader itself
             if not isinstance(error, InputError):
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in told:
-                    raise
                 told = "a process that decodes images was ended by the system, for want of memory? Try fewer --workers"
             error.__traceback__ = None  # it would keep the loader alive, in a circle
             raise InputError(told) from None
@@ -884,14 +877,6 @@ class Batches(Iterator, AbstractContextManager):
         if len(self.complaints) > max(50, 0.01 * self.seen):
             raise InputError(f"{len(self.complaints)} of {self.seen} images cannot be read")
         return pixels, numbers, index
-
-
-def in_requests(parts: Iterator[list], requests: deque) -> Iterator[list]:
-    """Cuts parts of batches into requests to workers, whose answers must fit into shared memory; notes how many."""
-    for part in parts:
-        cut = [part[i:i + 128] for i in range(0, len(part), 128)]
-        requests.append(len(cut))
-        yield from cut
 
 
 def in_order(views: Views, args: Namespace, world: World) -> Batches:
