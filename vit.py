@@ -598,17 +598,13 @@ def leave_signals_alone(worker: int) -> None:
 
 # ---- chance and images
 
-# What random numbers are for. It stands first in a place, as numpy pads seeds with zeros: (0, 3) would be (0, 3, 0).
+# All that is random follows from a place alone, as (ORDER, seed, epoch). What it is for stands first, as numpy pads seeds
+# with zeros: (0, 3) would be (0, 3, 0).
 IMAGE, ORDER, STEP, LABELS, SHAPES = range(1, 6)
 
 
-def chance(*place: int) -> np.random.Generator:
-    """Random numbers that follow from a place alone, as (ORDER, seed, epoch)."""
-    return np.random.default_rng(place)
-
-
 def torch_seed(*place: int) -> int:
-    """The same for torch, as (IMAGE, seed, epoch, image) or (STEP, seed, step, process, part)."""
+    """Seed for torch at a place, as (IMAGE, seed, epoch, image) or (STEP, seed, step, process, part)."""
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
 
 
@@ -734,7 +730,7 @@ def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
 
 def shapes(total: int, seed: int, side: int = 32) -> Images:
     """{disc, triangle, square, star, cross} x {filled, outlined}; `seed` gives colours, places, angles and sizes."""
-    rng, pixels = chance(SHAPES, seed), np.empty((total, side, side, 3), np.uint8)
+    rng, pixels = np.random.default_rng((SHAPES, seed)), np.empty((total, side, side, 3), np.uint8)
     labels = rng.integers(10, size=total)
     corners = [(30, 1), (3, 0.5), (4, 0.71), (5, 0.45), (4, 0.3)]  # how many; how far in the edge comes between two
     for label, picture in zip(labels, pixels, strict=True):
@@ -858,7 +854,7 @@ def in_random_order(total: int, args: Namespace, world: World, first: int, last:
     for step in range(first, last):
         epoch, place = divmod(step, total // batch)
         if place == 0 or step == first:
-            order = chance(ORDER, args.seed, epoch).permutation(total)
+            order = np.random.default_rng((ORDER, args.seed, epoch)).permutation(total)
         mine = order[place * batch:(place + 1) * batch].reshape(world.size, parts, -1)[world.rank]
         yield from ([(epoch, i) for i in part] for part in mine.tolist())
 
@@ -1144,7 +1140,7 @@ def balanced(images: Images, total: int, seed: int) -> Images:
     """`total` images drawn by chance, as many of each class as there can be. Raises InputError if there are fewer."""
     if total > len(images):
         raise InputError(f"--labels {total}: there are {len(images)} labelled images")
-    order = chance(LABELS, seed).permutation(len(images))
+    order = np.random.default_rng((LABELS, seed)).permutation(len(images))
     by_class = [order[images.labels[order] == label] for label in range(len(images.classes))]
     in_turn = [i for one_of_each in zip_longest(*by_class) for i in one_of_each if i is not None]
     return images.subset(np.array(in_turn[:total]))

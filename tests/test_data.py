@@ -247,7 +247,7 @@ def test_no_two_places_of_chance_coincide():
     places = [place for purpose, length in ((vit.IMAGE, 3), (vit.ORDER, 2), (vit.STEP, 4), (vit.LABELS, 1), (vit.SHAPES, 1))
               for place in product((purpose,), *[some] * length)]
     assert len({vit.torch_seed(*place) for place in places}) == len(places) > 300
-    assert len({vit.chance(*place).integers(2**63) for place in places}) == len(places)
+    assert len({np.random.default_rng(place).integers(2**63) for place in places}) == len(places)
 
 
 def collect(images, view, args, world=ONE, first=0, last=4, numbers=3):
