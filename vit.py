@@ -498,8 +498,7 @@ class World:
 
     def send(self, values: Tensor) -> Tensor:
         """To the device. To a GPU by way of pinned memory: else the copy would wait for all that it has to do yet."""
-        if self.device.type == "cuda" and not values.is_pinned():
-            values = values.pin_memory()
+        values = values.pin_memory() if self.device.type == "cuda" else values  # as it is, where it is pinned already
         return values.to(self.device, non_blocking=True)
 
     def autocast(self) -> torch.autocast:
@@ -598,8 +597,8 @@ def leave_signals_alone(worker: int) -> None:
 
 # ---- chance and images
 
-# All that is random follows from a place alone, as (ORDER, seed, epoch). What it is for stands first, as numpy pads seeds
-# with zeros: (0, 3) would be (0, 3, 0).
+# All that is random follows from a place alone, as (ORDER, seed, epoch). What it is for stands first, as numpy pads
+# seeds with zeros: (0, 3) would be (0, 3, 0).
 IMAGE, ORDER, STEP, LABELS, SHAPES = range(1, 6)
 
 
@@ -974,8 +973,7 @@ class Run:
         return Batches(views, order, self.args, self.world)
 
     def steps(self, batches: Batches) -> Iterator[int]:
-        """Numbers of the steps to do, counted from 1. Ends the program with status 128 + signal after a signal, with 1
-        after a loss that is not finite, which is never saved."""
+        """Numbers of the steps to do, from 1. Leaves with status 128 + signal, or 1 if a loss is not finite."""
         args = self.args
         if self.main:
             self.open_log()
