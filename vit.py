@@ -68,10 +68,7 @@ class Attention(nn.Module):
 
 def relation(a: Tensor, b: Tensor) -> Tensor:
     """Raw scores a b^T / sqrt(d) of every head, before any softmax: B H L d twice -> B H L L, at least float32.
-
-    `relation(q, k)` is what fused attention never shows; the distillation methods compare it. (TinyMIM's R is the
-    softmax of these scores, taken in its `divergence`.)
-    """
+    `relation(q, k)` is what fused attention never shows; the distillation methods compare it."""
     with torch.autocast(a.device.type, enabled=False):  # v v^T leaves the range of half precision
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
         return a @ b.transpose(-2, -1) * a.shape[-1] ** -0.5
@@ -121,7 +118,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer.
+    """Vision Transformer. `config` holds what is needed to build the same network again, in plain types.
 
     image_size   pixels, one number or (height, width); each a multiple of patch_size
     last_heads   heads of the last block where they differ (TinyMIM); None: as the others
@@ -129,8 +126,6 @@ class ViT(nn.Module):
     pool         "cls": class token after `norm`; "mean": `fc_norm` of the mean of the patches (MAE fine-tuning)
     classes      width of the linear head; 0: no head, `forward` gives features
     drop_path    rate of stochastic depth in the last block, growing linearly from 0; or one rate a block
-
-    `config` holds what is needed to build the same network again, in plain types.
     Raises InputError where sizes do not fit each other.
     """
 
@@ -144,8 +139,7 @@ class ViT(nn.Module):
                              f"({', '.join(ACTIVATIONS)}) is unknown")
         h, w = (image_size, image_size) if isinstance(image_size, int) else image_size
         if h % patch_size or w % patch_size or min(h, w) < patch_size:
-            raise InputError(f"image size {h}x{w} is not a multiple of the patch size {patch_size}: "
-                             "some pixels would never be seen")
+            raise InputError(f"image size {h}x{w} is no multiple of the patch size {patch_size}: pixels would be lost")
         self.config = dict(image_size=[h, w], patch_size=patch_size, channels=channels, width=width,
                            depth=depth, heads=heads, last_heads=last_heads or heads, mlp_ratio=mlp_ratio, act=act,
                            qkv_bias=qkv_bias, positions=positions, pool=pool, classes=classes)
@@ -172,10 +166,8 @@ class ViT(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens that enter the first block: images B C h w, keep B n -> B 1+n D; without `keep`, B 1+N D.
-
-        keep   numbers of the patches that the network sees, for each image its own, in any order
-        """
+        """Tokens that enter the first block: images B C h w -> B 1+N D; of the patches that `keep` B n numbers for each
+        image, in any order, B 1+n D."""
         if images.shape[1:] != (self.channels, *self.image_size):
             raise InputError(f"images are {tuple(images.shape[1:])}, the network takes "
                              f"{(self.channels, *self.image_size)} (channels, height, width)")
@@ -250,10 +242,8 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) 
 def param_groups(model: nn.Module, weight_decay: float, undecayed: tuple[str, ...] = (),
                  layer_decay: float = 1.0) -> list[dict]:
     """Groups for an optimizer, each with its `weight_decay` and the factor `lr_scale` of its learning rate.
-
     Vectors (biases, norm scales) and the parameters named in `undecayed` have no weight decay.
-    With layer_decay d, block i of a ViT learns at d^(depth - i), the embeddings at d^(depth + 1), the head at 1.
-    """
+    With layer_decay d, block i of a ViT learns at d^(depth - i), the embeddings at d^(depth + 1), the head at 1."""
     depth = getattr(model, "depth", 0)
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
@@ -273,8 +263,7 @@ def layer_of(name: str, depth: int) -> int:
 
 
 # What published files hold besides the encoder: decoders, projectors, distillation heads.
-NOT_ENCODER = ("mask_token", "decoder_", "head.", "decoderfeature_pred.", "encoderfeature_pred.", "dist_token",
-               "head_dist.")
+NOT_ENCODER = ("mask_token", "decoder", "encoderfeature_pred.", "head.", "dist_token", "head_dist.")
 # Encoders in a file that are not the one to use: MoCo v3's momentum copy, the teacher in MAE-Lite's D-MAE files.
 OTHER_ENCODERS = ("momentum_encoder.", "tch_model.")
 
@@ -300,10 +289,8 @@ def read_encoder(path: str, heads: int | None = None, flag: str = "--heads") -> 
     """(state dict in the names of ViT, config) of the one encoder in a file: ours, MAE, MAE-Lite, DeiT, MoCo v3,
     TinyMIM, G2SD or timm. Prefixes such as `module.`, `encoder.` or `base_encoder.` are taken off.
 
-    heads   for files without a config of ours: weights do not show how many heads they were trained with
-    flag    the option that gives `heads`, for messages
-    Raises InputError if there is no encoder, more than one, or if `heads` contradicts the file or is missing.
-    """
+    heads   for files without a config of ours, as weights do not show it; messages call it by the option `flag`
+    Raises InputError if there is no encoder, more than one, or if `heads` contradicts the file or is missing."""
     file = load_file(path)
     state = weights_of(file)
     names = [name for name in state if isinstance(name, str)] if isinstance(state, dict) else []
@@ -336,9 +323,8 @@ def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
                 depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
                 heads=heads or {768: 12}.get(width, 16), last_heads=heads or {768: 12}.get(width, 16),
                 mlp_ratio=hidden / width, act="gelu", qkv_bias="blocks.0.attn.qkv.bias" in state, positions="sincos",
-                pool="mean" if "fc_norm.weight" in state else "cls",
-                classes=len(state["head.weight"]) if "head.weight" in state else 0,
-                mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD))
+                pool="mean" if "fc_norm.weight" in state else "cls", mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD),
+                classes=len(state["head.weight"]) if "head.weight" in state else 0)
 
 
 def encoder_options(config: dict, **changes) -> dict:
@@ -351,9 +337,7 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
     """Loads what `read_encoder` gave; positions are stretched to the grid of `vit`. Returns the names that keep
     their initial values: those that begin with an entry of `fresh` and are not in the file, and a mean-pooling
     network's `fc_norm` if the file has none (MAE leaves the pre-trained `norm` unused there).
-
-    Raises InputError, naming every key, if anything else is missing, is unknown, or has another shape.
-    """
+    Raises InputError, naming every key, if anything else is missing, is unknown, or has another shape."""
     if config["patch_size"] != vit.patch_size:
         raise InputError(f"the file has patches of {config['patch_size']} pixels, the network of {vit.patch_size}")
     state, own = dict(state), vit.state_dict()
@@ -366,12 +350,11 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
     if vit.pool == "mean" and "fc_norm.weight" not in state:
         fresh = (*fresh, "fc_norm.")
     other_norm = "norm." if vit.pool == "mean" else "fc_norm."
-    missing = [name for name in own if name not in state]
-    kept = [name for name in missing if name.startswith(tuple(fresh))]
+    kept = [name for name in own if name not in state and name.startswith(fresh)]
+    missing = [name for name in own if name not in state and not name.startswith(fresh)]
     unknown = [name for name in state if name not in own and not name.startswith((*NOT_ENCODER, other_norm))]
     shapes = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in own
               if name in state and state[name].shape != own[name].shape]
-    missing = [name for name in missing if name not in kept]
     for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes)):
         if names:
             raise InputError(f"the weights do not fit the network; {what}: {', '.join(names)}")
@@ -380,8 +363,6 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
 
 
 # -------------------------------------------------------------------- part 2: the training kit
-# What every script needs around its method: options, processes, images, and a run with its checkpoints and log.
-#
 # The way of an image: open_images -> Images.open -> a transform of torchvision -> Views (in a worker process, as bytes)
 # -> Batches (on the device, as floats) -> the loop. All that is random about it follows from (seed, epoch, image), the
 # order from (seed, epoch): neither interruptions nor the number of processes and workers change what is learned.
@@ -394,12 +375,11 @@ import sys
 import time
 import traceback
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import zip_longest
+from itertools import tee, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -430,9 +410,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """The docstring of a script as it stands, and behind each option its value in the recipe."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        several = isinstance(action.default, (list, tuple))
-        value = " ".join(map(str, action.default)) if several else str(action.default)
-        return action.help if value in ("None", argparse.SUPPRESS) else f"{action.help} [{value}]"
+        value = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else action.default
+        return action.help if value in (None, argparse.SUPPRESS) else f"{action.help} [{value}]"
 
 
 def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
@@ -519,8 +498,7 @@ class World:
 
     def send(self, values: Tensor) -> Tensor:
         """To the device. To a GPU by way of pinned memory: else the copy would wait for all that it has to do yet."""
-        if self.device.type == "cuda" and not values.is_pinned():
-            values = values.pin_memory()
+        values = values.pin_memory() if self.device.type == "cuda" else values  # as it is, where it is pinned already
         return values.to(self.device, non_blocking=True)
 
     def autocast(self) -> torch.autocast:
@@ -543,17 +521,17 @@ def start(args: Namespace) -> World:
     Raises InputError for a device that is not there or an environment that torchrun did not make."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if name in os.environ]
-    if len(given) not in (0, len(names)):
+    if 0 < len(given) < len(names):
         raise InputError(f"the environment has {', '.join(given)} but not all of {', '.join(names)}: start several "
                          "processes by torchrun, or unset these for a single one")
-    local_rank, device, best = int(os.environ.get("LOCAL_RANK", 0)), torch.device("cpu"), "fp32"
+    device, best = torch.device("cpu"), "fp32"
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"--device cuda: process {local_rank} of this machine finds {torch.cuda.device_count()} "
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--device cuda: process {device.index} of this machine finds {torch.cuda.device_count()} "
                              "GPUs; start no more processes than there are, or choose --device cpu")
-        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -564,11 +542,10 @@ def start(args: Namespace) -> World:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = cores if args.device == "cuda" else cores // 4  # the others have to train
         args.workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if not given:
-        return World(0, 1, device, args.precision)
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=20),
-                            device_id=device if args.device == "cuda" else None)
-    return World(dist.get_rank(), dist.get_world_size(), device, args.precision)
+    if given:
+        backend, bound_to = ("nccl", device) if args.device == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(minutes=20), device_id=bound_to)
+    return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device, args.precision)
 
 
 def say(text: str) -> None:
@@ -578,8 +555,7 @@ def say(text: str) -> None:
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Runs a script. An error that its user can fix is one line on stderr and exit status 2, not a traceback. No worker
-    process outlives the program, whatever ends it."""
+    """Runs a script. An error that its user can fix is one line on stderr and status 2; no worker process is left."""
     status = 0
     try:
         main()
@@ -619,26 +595,19 @@ def leave_signals_alone(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-# ---- chance
+# ---- chance and images
 
-# What random numbers are for. It stands first in a place, as numpy pads seeds with zeros: (0, 3) would be (0, 3, 0).
+# All that is random follows from a place alone, as (ORDER, seed, epoch). What it is for stands first, as numpy pads
+# seeds with zeros: (0, 3) would be (0, 3, 0).
 IMAGE, ORDER, STEP, LABELS, SHAPES = range(1, 6)
 
 
-def chance(*place: int) -> np.random.Generator:
-    """Random numbers that follow from a place alone, as (ORDER, seed, epoch)."""
-    return np.random.default_rng(place)
-
-
 def torch_seed(*place: int) -> int:
-    """The same for torch, as (IMAGE, seed, epoch, image) or (STEP, seed, step, process, part)."""
+    """Seed for torch at a place, as (IMAGE, seed, epoch, image) or (STEP, seed, step, process, part)."""
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
 
 
-# ---- images
-
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on broken files
 # name: (class in torchvision.datasets, options for training, for evaluation, and for pre-training if others)
 TORCHVISION = {
     "cifar10": ("CIFAR10", [dict(train=True)], [dict(train=False)]),
@@ -656,15 +625,12 @@ TORCHVISION = {
 @dataclass
 class Images:
     """M images: their pixels, uint8 M h w 3, or the names of their files below `root` in one array of bytes, which
-    worker processes share; labels M int64 and the names of their classes, or None for these.
-
-    enough   pixels of the shorter side that views need: a larger JPEG is decoded at 1/2, 1/4 or 1/8; 0: never
-    """
+    worker processes share; labels M int64 and the names of their classes, or None for these."""
     items: np.ndarray
     labels: np.ndarray | None = None
     classes: list[str] | None = None
     root: str = ""
-    enough: int = 0
+    enough: int = 0  # pixels of the shorter side that views need: a larger JPEG is decoded at 1/2, 1/4, 1/8; 0: never
 
     def __len__(self) -> int:
         return len(self.items)
@@ -683,7 +649,7 @@ class Images:
                 if self.enough:
                     image.draft("RGB", (self.enough, self.enough))
                 return v2.functional.pil_to_tensor(to_rgb(image))
-        except UNREADABLE as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken files
             raise InputError(f"{path}: cannot be read ({error})") from None
 
 
@@ -697,8 +663,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_images(args: Namespace, split: str = "train", labels: bool = False) -> Images:
-    """The images that --data names. split: "train" or "val"; labels: whether classes are needed.
-    Raises InputError if there are none."""
+    """The images that --data names. labels: whether classes are needed. Raises InputError if there are none."""
     if args.data == "shapes":
         return shapes(20000, seed=0) if split == "train" else shapes(2000, seed=1)
     known = args.data in TORCHVISION
@@ -715,31 +680,31 @@ def open_folder(data: str, split: str, labels: bool) -> Images:
         root = data
     names, classes, ids = sorted(find_images(root)), None, None
     if labels:
-        names = [name for name in names if b"/" in name]
-        classes = sorted(folder for folder in next(os.walk(train, onerror=refuse_folder))[1] if folder[0] != ".")
-        number = {os.fsencode(name): i for i, name in enumerate(classes)}
-        if unknown := sorted({os.fsdecode(name.split(b"/")[0]) for name in names} - set(classes)):
+        names = [name for name in names if "/" in name]
+        folders = [name.split("/")[0] for name in names]
+        classes = sorted(name for name in next(os.walk(train, onerror=refuse_folder))[1] if name[0] != ".")
+        if unknown := sorted(set(folders) - set(classes)):
             raise InputError(f"--data {data}: classes {', '.join(unknown[:5])} are in {split}/ but not in train/")
-        ids = np.array([number[name.split(b"/")[0]] for name in names], np.int64)
-        for empty in np.setdiff1d(np.arange(len(classes)), ids):
-            say(f"warning: class {classes[empty]} has no images in {root}")
+        for empty in sorted(set(classes) - set(folders)):
+            say(f"warning: class {empty} has no images in {root}")
+        number = {name: i for i, name in enumerate(classes)}
+        ids = np.array([number[name] for name in folders], np.int64)
     if not names:
         raise InputError(f"--data {data}: no images in {root}{'/<class>' * labels} (looked for {' '.join(SUFFIXES)})")
-    return Images(np.array(names), ids, classes, root)
+    return Images(np.array([os.fsencode(name) for name in names]), ids, classes, root)
 
 
-def find_images(root: str) -> Iterator[bytes]:
+def find_images(root: str) -> Iterator[str]:
     """Names of the images below a folder, relative to it."""
-    suffixes, top = tuple(map(str.encode, SUFFIXES)), os.fsencode(root)
-    for where, folders, files in os.walk(top, onerror=refuse_folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(b".")]
-        inside = os.path.relpath(where, top) + b"/" if where != top else b""
-        yield from (inside + name for name in files if name.lower().endswith(suffixes) and not name.startswith(b"."))
+    for where, folders, files in os.walk(root, onerror=refuse_folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        inside = os.path.relpath(where, root) + "/" if where != root else ""
+        yield from (inside + name for name in files if name.lower().endswith(SUFFIXES) and name[0] != ".")
 
 
 def refuse_folder(error: OSError) -> None:  # one that is not there, not allowed, or links that lead in a circle
-    raise InputError(f"--data: {os.fsdecode(error.filename)}: {error.strerror}; expected a folder with <split>/<class>/"
-                     f"<image>, or one of {', '.join(TORCHVISION)}, shapes")
+    raise InputError(f"--data: {error.filename}: {error.strerror}; expected a folder with <split>/<class>/<image>, or "
+                     f"one of {', '.join(TORCHVISION)}, shapes")
 
 
 def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
@@ -748,15 +713,13 @@ def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
     chosen = val if split == "val" else train if labels or not unlabelled else unlabelled[0]
     if args.download and dist.is_initialized():
         raise InputError("--download is for one process: run the command once without torchrun, and with --epochs 0")
-    download = dict(download=True) if args.download else {}
     try:
-        parts = [getattr(datasets, name)(args.data_root, **options, **download) for options in chosen]
+        parts = [getattr(datasets, name)(args.data_root, download=args.download, **options) for options in chosen]
     except (RuntimeError, OSError) as error:
         raise InputError(f"--data {args.data}: not in {args.data_root} ({error}); --download fetches it") from None
-    if hasattr(parts[0], "data"):  # CIFAR, STL10: already an array, M h w 3 or M 3 h w
-        items = np.concatenate([part.data for part in parts])
+    if hasattr(parts[0], "data"):  # CIFAR, STL10: one part, already an array, M h w 3 or M 3 h w
+        items, ids = parts[0].data, parts[0].targets if hasattr(parts[0], "targets") else parts[0].labels
         items = items.transpose(0, 2, 3, 1) if items.shape[1] == 3 else items
-        ids = np.concatenate([part.targets if hasattr(part, "targets") else part.labels for part in parts])
     else:  # the others know files and labels without decoding, but under no public name
         pairs = [pair for part in parts for pair in (part._samples if hasattr(part, "_samples") else
                  zip(part._images if hasattr(part, "_images") else part._image_files, part._labels, strict=True))]
@@ -765,9 +728,8 @@ def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
 
 
 def shapes(total: int, seed: int, side: int = 32) -> Images:
-    """Ten classes, {disc, triangle, square, star, cross} x {filled, outlined}, of random colour, place, angle and size.
-    The same images for the same seed."""
-    rng, pixels = chance(SHAPES, seed), np.empty((total, side, side, 3), np.uint8)
+    """{disc, triangle, square, star, cross} x {filled, outlined}; `seed` gives colours, places, angles and sizes."""
+    rng, pixels = np.random.default_rng((SHAPES, seed)), np.empty((total, side, side, 3), np.uint8)
     labels = rng.integers(10, size=total)
     corners = [(30, 1), (3, 0.5), (4, 0.71), (5, 0.45), (4, 0.3)]  # how many; how far in the edge comes between two
     for label, picture in zip(labels, pixels, strict=True):
@@ -789,9 +751,8 @@ def random_crop(size: tuple[int, int], smallest: float, randaugment: float = 0.0
     """What a network sees in training: a crop of at least `smallest` of the image's area, as wide as high to 4:3 or 3:4
     (times the aspect of `size`), mirrored or not, then RandAugment; uint8 3 h w -> 3 and `size`."""
     aspect, bicubic = size[1] / size[0], v2.InterpolationMode.BICUBIC
-    steps = [v2.RandomResizedCrop(size, (smallest, 1.0), (3 / 4 * aspect, 4 / 3 * aspect), bicubic),
-             v2.RandomHorizontalFlip()]
-    return v2.Compose(steps + [RandAugment(randaugment)] * (randaugment > 0))
+    crop = v2.RandomResizedCrop(size, (smallest, 1.0), (3 / 4 * aspect, 4 / 3 * aspect), bicubic)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()] + [RandAugment(randaugment)] * (randaugment > 0))
 
 
 @dataclass
@@ -810,14 +771,11 @@ class CentreCrop:
 @dataclass
 class Views(Dataset):
     """What worker processes do: (epoch, number of an image) -> its view, uint8 3 h w; random numbers for the method,
-    `numbers` in 0..1; the number of the image that is seen; and a complaint, where that is not the one asked for.
-
-    seed   of all chance. None is evaluation: nothing is random, and an image that cannot be read is an InputError;
-           in training the next one takes its place
-    """
+    `numbers` in 0..1; the number of the image that is seen; and a complaint, where that is not the one asked for, as in
+    training the next one takes the place of an image that cannot be read."""
     images: Images
     view: Callable[[Tensor], Tensor]
-    seed: int | None = None
+    seed: int | None = None  # of all chance. None is evaluation: nothing is random, such an image is an InputError
     numbers: int = 0
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor, int, str]:
@@ -840,29 +798,26 @@ class Batches(Iterator, AbstractContextManager):
     """Iterator over parts of batches: views B 3 h w in 0..1 on the device (of MoCo B 2 3 h w); on the host, random
     numbers B n and the numbers of the images B. `waited`: seconds that were spent on waiting for them.
     Raises InputError if more than 1 % of the images, and at least 50, cannot be read."""
+    request = 128  # images that a worker is asked for at once: its answer must fit into shared memory
 
     def __init__(self, views: Views, parts: Iterator[list[tuple[int, int]]], args: Namespace, world: World):
-        self.world, self.waited, self.seen, self.complaints, self.requests = world, 0.0, 0, set(), deque()
-        others = multiprocessing.active_children()
-        self.items = iter(DataLoader(
-            views, batch_sampler=in_requests(parts, self.requests), num_workers=args.workers,
-            pin_memory=args.device == "cuda", worker_init_fn=leave_signals_alone, generator=torch.Generator()))
+        self.world, self.waited, self.seen, self.complaints = world, 0.0, 0, set()
+        others, (self.parts, asked) = multiprocessing.active_children(), tee(parts)
+        requests = (part[i:i + Batches.request] for part in asked for i in range(0, len(part), Batches.request))
+        self.items = iter(DataLoader(views, batch_sampler=requests, num_workers=args.workers,
+                                     pin_memory=args.device == "cuda", worker_init_fn=leave_signals_alone,
+                                     generator=torch.Generator()))
         workers = [process for process in multiprocessing.active_children() if process not in others]
         self.end_workers = weakref.finalize(self, end_processes, workers)  # the end of the program calls it, too
 
-    def close(self, *error) -> None:
+    def __exit__(self, *error) -> None:
         self.end_workers()
         self.items = iter(())  # no queue of the loader is left for a later worker to inherit
 
-    __exit__ = close
-
     def __next__(self) -> tuple[Tensor, Tensor, Tensor]:
-        begin, answers = time.monotonic(), [self.answer()]
-        while len(answers) < self.requests[0]:
-            answers.append(self.answer())
-        self.requests.popleft()
+        begin, part = time.monotonic(), next(self.parts)
+        pixels, numbers, index = zip(*[self.answer() for _ in range(0, len(part), Batches.request)], strict=True)
         self.waited += time.monotonic() - begin
-        pixels, numbers, index = zip(*answers, strict=True)
         return torch.cat([*map(self.world.send, pixels)]).float().div_(255), torch.cat(numbers), torch.cat(index)
 
     def answer(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -871,9 +826,9 @@ class Batches(Iterator, AbstractContextManager):
             pixels, numbers, index, complaints = next(self.items)
         except (InputError, RuntimeError, ConnectionError) as error:
             told = str(error).rpartition("InputError: ")[2].strip()  # from a worker it comes at the end of a traceback
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in told:
+                raise  # no word of the loader itself
             if not isinstance(error, InputError):
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in told:
-                    raise
                 told = "a process that decodes images was ended by the system, for want of memory? Try fewer --workers"
             error.__traceback__ = None  # it would keep the loader alive, in a circle
             raise InputError(told) from None
@@ -884,14 +839,6 @@ class Batches(Iterator, AbstractContextManager):
         if len(self.complaints) > max(50, 0.01 * self.seen):
             raise InputError(f"{len(self.complaints)} of {self.seen} images cannot be read")
         return pixels, numbers, index
-
-
-def in_requests(parts: Iterator[list], requests: deque) -> Iterator[list]:
-    """Cuts parts of batches into requests to workers, whose answers must fit into shared memory; notes how many."""
-    for part in parts:
-        cut = [part[i:i + 128] for i in range(0, len(part), 128)]
-        requests.append(len(cut))
-        yield from cut
 
 
 def in_order(views: Views, args: Namespace, world: World) -> Batches:
@@ -906,7 +853,7 @@ def in_random_order(total: int, args: Namespace, world: World, first: int, last:
     for step in range(first, last):
         epoch, place = divmod(step, total // batch)
         if place == 0 or step == first:
-            order = chance(ORDER, args.seed, epoch).permutation(total)
+            order = np.random.default_rng((ORDER, args.seed, epoch)).permutation(total)
         mine = order[place * batch:(place + 1) * batch].reshape(world.size, parts, -1)[world.rank]
         yield from ([(epoch, i) for i in part] for part in mine.tolist())
 
@@ -931,8 +878,7 @@ def normalizer(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
 
 # What may differ between a run and its continuation: nothing that changes what is learned. Another --data means the
 # same images elsewhere; their number is compared.
-FREE_ON_RESUME = ("data", "data_root", "download", "out", "resume", "workers", "device", "compile", "save_minutes",
-                  "log_every")
+FREE_ON_RESUME = "data data_root download out resume workers device compile save_minutes log_every".split()
 
 
 def cosine(epoch: float, peak: float, low: float, warmup: float, epochs: float) -> float:
@@ -943,8 +889,7 @@ def cosine(epoch: float, peak: float, low: float, warmup: float, epochs: float) 
 
 
 def write_file(content: dict, path: Path) -> None:
-    """Writes aside, flushes, renames: a file under its name is whole, or still the one before.
-    Raises InputError if the disk is full or the folder is gone."""
+    """Writes aside, flushes, renames: a file under its name is whole, or still the one before, if writing fails."""
     aside = path.with_name(path.name + ".new")
     try:
         with open(aside, "wb") as file:
@@ -960,9 +905,7 @@ def write_file(content: dict, path: Path) -> None:
 class Run:
     """A training: its folder, schedule, checkpoint and log, and the reasons to leave it early.
 
-    `for step in run.steps(batches)` sets the learning rate; after the step it looks, logs and saves. A look is what all
-    processes do together after the same step: they add up the losses, and learn whether one of them got a signal and
-    when to look next. No other step waits for the device.
+    `for step in run.steps(batches)` sets the learning rate; after the step it looks, logs and saves.
 
     network   the part of the model that is handed on: written as encoder.pth or, with classes, as model.pth
     first, last, per_epoch   steps that are done already, that there will be in all, and in an epoch
@@ -981,25 +924,24 @@ class Run:
         self.first, self.last, self.lr = 0, round(args.epochs * self.per_epoch), args.blr * args.batch_size / 256
         self.sums, self.signal = {}, 0
         args.images = len(images)  # noted, so that a run is not continued on others
-        self.out = self.resume()
+        self.resume()
         mine = torch.tensor([self.first, args.images], device=world.device)
         if world.size > 1 and not torch.equal(world.sum(mine.clone()), world.size * mine):
             raise InputError("processes see different checkpoints or images: --out and --data must be the same for all")
 
-    def resume(self) -> Path:
-        """The run's folder; with --resume, its checkpoint is put into place. Nothing is written yet.
+    def resume(self) -> None:
+        """Finds the run's folder and, with --resume, puts its checkpoint into place. Nothing is written yet.
         Raises InputError if the folder holds another run, or the checkpoint is of one with other settings."""
         args = self.args
         path = Path(args.resume or args.out or f"runs/{self.method}-{args.recipe}")
         path = path if path.is_file() else path / "last.pth"
-        out = Path(args.out) if args.out else path.parent
+        self.out = out = Path(args.out) if args.out else path.parent
         if (out / "args.json").exists() and (args.resume is None or out.resolve() != path.parent.resolve()):
             raise InputError(f"{out} holds a run already: continue it by --out {out} --resume, or choose another --out")
         if args.resume is None:
-            return out
+            return
         if args.resume == "" and not path.exists():
-            say(f"no checkpoint in {out}: a new run starts")
-            return out
+            return say(f"no checkpoint in {out}: a new run starts")
         file = load_file(str(path))
         if not isinstance(file, dict) or file.get("method") != self.method:
             raise InputError(f"--resume: {path} is no checkpoint of {self.method}.py")
@@ -1011,7 +953,6 @@ class Run:
         for name in ("model", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(file[name])
         self.first = file["step"]
-        return out
 
     def open_log(self) -> None:
         """Makes the folder, args.json, and log.jsonl without what an interrupted run wrote after its checkpoint."""
@@ -1028,21 +969,19 @@ class Run:
             + f", resumed at step {self.first}" * (self.first > 0))
 
     def batches(self, views: Views) -> Batches:
-        """What is still to be seen."""
         order = in_random_order(len(views.images), self.args, self.world, self.first, self.last)
         return Batches(views, order, self.args, self.world)
 
     def steps(self, batches: Batches) -> Iterator[int]:
-        """Numbers of the steps to do, counted from 1. Ends the program with status 128 + signal after a signal, with 1
-        after a loss that is not finite, which is never saved."""
+        """Numbers of the steps to do, from 1. Leaves with status 128 + signal, or 1 if a loss is not finite."""
         args = self.args
         if self.main:
             self.open_log()
         handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.last, initial=self.first, unit="step", dynamic_ncols=True,
                         disable=not self.main or not sys.stderr.isatty())
-        self.source, self.looked, self.told, self.look_at = batches, self.first, self.first, self.first + 1
-        self.looked_when = self.told_when = self.saved_when = time.monotonic()
+        self.source, self.told, self.look_at = batches, self.first, self.first + 1
+        self.told_when = self.saved_when = time.monotonic()
         try:
             for step in range(self.first + 1, self.last + 1):
                 self.rate = cosine((step - 1) / self.per_epoch, self.lr, args.min_lr, args.warmup_epochs, args.epochs)
@@ -1070,16 +1009,16 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + loss.detach().double() / self.parts
 
     def look(self, step: int, save: bool = False) -> None:
-        """What all processes do together after `step`: on a CPU every step, else at most 5 seconds and 10 steps apart,
-        as the main process decides. What is saved is logged before."""
+        """What all processes do together after `step`: they add up the losses, and learn whether one of them got a
+        signal and when to look next. No other step waits for the device. On a CPU they look at every step, else some 5
+        seconds and at most 10 steps apart, as the main process decides. What is saved is logged before."""
         args, now, every, batches = self.args, time.monotonic(), self.args.log_every, self.source
-        ahead = 1 if args.device == "cpu" else max(1, min(10, int(5 * (step - self.looked) / (now - self.looked_when))))
+        steps, seconds = step - self.told, now - self.told_when
+        ahead = 1 if args.device == "cpu" else max(1, min(10, int(5 * steps / seconds)))
         due = self.main and now - self.saved_when > 60 * args.save_minutes
         flags = torch.tensor([self.signal > 0, save or due, ahead * self.main], device=self.world.device).double()
         *sums, stop, save, ahead = self.world.sum(torch.stack([*self.sums.values(), *flags])).tolist()
-        summed = self.world.size * (step - self.told)
-        losses = {name: value / summed for name, value in zip(self.sums, sums, strict=True)}
-        self.looked, self.looked_when = step, now
+        losses = {name: value / (self.world.size * steps) for name, value in zip(self.sums, sums, strict=True)}
         self.look_at = min(step + int(ahead), step + every - step % every, self.last)
         if not all(map(math.isfinite, sums)):
             if self.main:
@@ -1087,7 +1026,6 @@ class Run:
                     "--blr or --precision fp32 may help")
             raise SystemExit(1)
         if stop or save or step % every == 0 or step == self.last:
-            steps, seconds = step - self.told, now - self.told_when
             speed = dict(images_per_s=round(steps * args.batch_size / seconds, 1),
                          waiting=round(batches.waited / seconds, 3), eta_s=round((self.last - step) * seconds / steps))
             if args.device == "cuda":
@@ -1116,8 +1054,7 @@ class Run:
             self.bar.set_postfix_str(told) if not self.bar.disable else say(f"step {step}/{self.last}  {told}")
 
     def save(self, step: int) -> None:
-        """last.pth, with all that continuing needs, and the network that is handed on. Raises InputError in all
-        processes, and saves nothing, if weights are not finite."""
+        """last.pth and the network that is handed on. Raises InputError in all processes if weights are not finite."""
         state, args = self.model.state_dict(), self.args
         config = dict(self.network.config, mean=list(args.mean), std=list(args.std))
         if broken := [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]:
@@ -1129,8 +1066,8 @@ class Run:
                        self.out / "last.pth")
             weights = {name: x for name, x in self.network.state_dict().items()
                        if config["classes"] or not name.startswith("head.")}  # in training a projector may stand there
-            write_file(dict(model=weights, config=config),
-                       self.out / ("model.pth" if config["classes"] else "encoder.pth"))
+            file = "model.pth" if config["classes"] else "encoder.pth"
+            write_file(dict(model=weights, config=config), self.out / file)
 
 
 # ---- labels: augmentation and evaluation
@@ -1138,8 +1075,7 @@ class Run:
 @dataclass
 class RandAugment:
     """timm's `rand-m<magnitude>-mstd0.5-inc1` of an image, uint8 3 h w: two operations of fifteen, each done with
-    probability one half, at a level N(magnitude, 0.5) in 0..10. Not torchvision's RandAugment, whose magnitude 9 is a
-    third of this one's."""
+    probability one half. In torchvision's RandAugment magnitude 9 is a third of this one's."""
     magnitude: float
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -1147,8 +1083,8 @@ class RandAugment:
             whether, number, sign = torch.rand(3).tolist()
             level = min(max(self.magnitude + 0.5 * torch.randn(()).item(), 0.0), 10.0)
             if whether < 0.5:
-                changed = operation(int(number * 15), v2.functional.to_pil_image(image), level, sign < 0.5)
-                image = v2.functional.pil_to_tensor(changed)
+                picture = v2.functional.to_pil_image(image)
+                image = v2.functional.pil_to_tensor(operation(int(number * 15), picture, level, sign < 0.5))
         return image
 
 
@@ -1202,7 +1138,7 @@ def balanced(images: Images, total: int, seed: int) -> Images:
     """`total` images drawn by chance, as many of each class as there can be. Raises InputError if there are fewer."""
     if total > len(images):
         raise InputError(f"--labels {total}: there are {len(images)} labelled images")
-    order = chance(LABELS, seed).permutation(len(images))
+    order = np.random.default_rng((LABELS, seed)).permutation(len(images))
     by_class = [order[images.labels[order] == label] for label in range(len(images.classes))]
     in_turn = [i for one_of_each in zip_longest(*by_class) for i in one_of_each if i is not None]
     return images.subset(np.array(in_turn[:total]))
@@ -1216,7 +1152,7 @@ def evaluate(model: nn.Module, images: Images, view: Callable[[Tensor], Tensor],
     if world.size > 1:  # BatchNorm's statistics are those of each process's rows: judge the ones that are saved
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    totals, total = torch.zeros(3, dtype=torch.float64, device=world.device), len(images)
     with in_order(Views(images, view), args, world) as batches:
         for pixels, _, index in batches:
             labels = world.send(torch.from_numpy(images.labels[index]))
@@ -1224,11 +1160,10 @@ def evaluate(model: nn.Module, images: Images, view: Callable[[Tensor], Tensor],
                 logits = model(normalize(pixels))
             logits = logits.float()
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            totals += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum"),
-                                   torch.tensor(len(labels), device=world.device)])
+            totals += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum")])
     model.train()
-    top1, top5, loss, seen = world.sum(totals).tolist()
-    return dict(top1=100 * top1 / seen, top5=100 * top5 / seen, val_loss=loss / seen, val_images=int(seen))
+    top1, top5, loss = world.sum(totals).tolist()
+    return dict(top1=100 * top1 / total, top5=100 * top5 / total, val_loss=loss / total, val_images=total)
 
 
 def print_result(result: dict[str, float], world: World) -> None:

@@ -247,7 +247,7 @@ def test_no_two_places_of_chance_coincide():
     places = [place for purpose, length in ((vit.IMAGE, 3), (vit.ORDER, 2), (vit.STEP, 4), (vit.LABELS, 1), (vit.SHAPES, 1))
               for place in product((purpose,), *[some] * length)]
     assert len({vit.torch_seed(*place) for place in places}) == len(places) > 300
-    assert len({vit.chance(*place).integers(2**63) for place in places}) == len(places)
+    assert len({np.random.default_rng(place).integers(2**63) for place in places}) == len(places)
 
 
 def collect(images, view, args, world=ONE, first=0, last=4, numbers=3):
@@ -294,13 +294,11 @@ def test_processes_and_parts_divide_the_same_batch(files, store):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_large_part_is_joined_from_requests_of_at_most_128_images(workers, monkeypatch):
     seen, images = [], shapes(700, 0)
-    cut = vit.in_requests
+    loader = vit.DataLoader
 
-    def watched(parts, requests):
-        for request in cut(parts, requests):
-            seen.append(len(request))
-            yield request
-    monkeypatch.setattr(vit, "in_requests", watched)
+    def watched(views, batch_sampler, **options):
+        return loader(views, batch_sampler=(seen.append(len(request)) or request for request in batch_sampler), **options)
+    monkeypatch.setattr(vit, "DataLoader", watched)
     batches = collect(images, CentreCrop((32, 32)), arguments(batch_size=300, micro_batch=300, workers=workers), last=2)
     assert [len(index) for *_, index in batches] == [300, 300] and seen == [128, 128, 44] * 2
     for pixels, noise, index in batches:
@@ -343,7 +341,7 @@ class Known:
     """As torchvision's CIFAR10: an array and labels."""
     classes = ["cat", "dog"]
 
-    def __init__(self, root, train):
+    def __init__(self, root, train, download):
         self.data, self.targets = np.full((4 if train else 2, 32, 32, 3), 7, np.uint8), [0, 1] * (2 if train else 1)
 
 
@@ -351,7 +349,7 @@ class Listed:
     """As torchvision's Flowers102, OxfordIIITPet or Imagenette, by the name under which it keeps its files."""
     classes, names = ["rose", "lily"], "_image_files"
 
-    def __init__(self, root, split):
+    def __init__(self, root, split, download):
         self._labels = {"train": [0, 1], "val": [1], "test": [0], "trainval": [0, 1]}[split]
         files = [Path(root, f"{split}{i}.png") for i in range(len(self._labels))]
         setattr(self, self.names, list(zip(map(str, files), self._labels, strict=True)) if self.names == "_samples" else files)
