@@ -810,9 +810,11 @@ class Batches(Iterator, AbstractContextManager):
         workers = [process for process in multiprocessing.active_children() if process not in others]
         self.end_workers = weakref.finalize(self, end_processes, workers)  # the end of the program calls it, too
 
-    def __exit__(self, *error) -> None:
+    def close(self, *error) -> None:
         self.end_workers()
         self.items = iter(())  # no queue of the loader is left for a later worker to inherit
+
+    __exit__ = close
 
     def __next__(self) -> tuple[Tensor, Tensor, Tensor]:
         begin, part = time.monotonic(), next(self.parts)
