@@ -1,7 +1,8 @@
 """Classification with a Vision Transformer: fine-tuning, linear probe, k-NN, training from scratch, evaluation.
 
-    fine-tune   all weights are trained; block i, from 0, at lr * decay^(depth - i): low layers change the least
-    linear      frozen encoder, y = W BatchNorm(features); W by LARS (MAE's main_linprobe.py)
+    fine-tune   all weights are trained by cross-entropy; block i, from 0, at lr * decay^(depth - i), the embeddings at
+                lr * decay^(depth + 1), head and last norm at lr: low layers change the least
+    linear      frozen encoder, y = W BatchNorm(features) + b; W and b by LARS (MAE's main_linprobe.py)
     knn         no training: the 20 nearest training images vote, each with weight exp(cosine / 0.07)
 
 Fine-tuning recipes: MAE-Lite's for tiny and small (arXiv 2205.14443: the less regularisation, the better for a small
@@ -13,6 +14,8 @@ Run    python finetune.py --init runs/mae-demo/encoder.pth                  afte
        torchrun --standalone --nproc_per_node=8 finetune.py --data /imagenet --init runs/mae-imagenet/encoder.pth
        python finetune.py --data /imagenet --init encoder.pth --protocol linear --batch-size 2048    or: knn
        python finetune.py --data /imagenet --init runs/finetune-imagenet/model.pth --eval
+Writes model.pth (the classifier and its config) and last.pth (all that --resume needs), log.jsonl, args.json. The result
+       is one line on stdout; --eval and knn write nothing else.
 Use    from finetune import LARS, knn_hits                              copy this file and vit.py
 Letters in shape comments: B images, C channels, D width, K classes, M training images
 """
@@ -124,10 +127,10 @@ RECIPES = {
     "demo-linear": dict(DEMO, **{name: PROBE[name] for name in ("optimizer", "pool", "min_lr", "weight_decay",
                         "layer_decay")}, blr=2.0, smoothing=0.0, batch_size=100),
 }
-# The recipe without --recipe on large images, {(protocol, width of the network): recipe}; other widths: as the first.
+# {(protocol, width of the network): recipe} where the data mean "imagenet" and no --recipe is given; else it stays so.
 CHOICES = {("finetune", 192): "imagenet", ("finetune", 384): "imagenet-small", ("finetune", 768): "imagenet-base",
            ("finetune", 1024): "imagenet-large", ("finetune", 1280): "imagenet-huge"}
-LINEAR = {"demo": "demo-linear", "cifar": "cifar-linear"}  # the recipe of the probe for another; else imagenet-linear
+LINEAR = {"demo": "demo-linear", "cifar": "cifar-linear"}  # the probe's recipe for these; else imagenet-linear
 
 
 def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | None]:
@@ -160,21 +163,22 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | N
     weights = read_encoder(given.init, given.heads) if given.init else None
     recipe = choose_recipe(given, SIZES[given.model or "tiny"]["width"] if weights is None else weights[1]["width"])
     parser.set_defaults(**RECIPES[recipe])
+    size = given.image_size or RECIPES[recipe]["image_size"]
     if weights is None:
         parser.set_defaults(layer_decay=1.0)  # there is nothing to protect in the lower layers
     else:
         agree(given, *weights)
         size = given.image_size or weights[1]["image_size"]
         parser.set_defaults(image_size=size, mean=weights[1]["mean"], std=weights[1]["std"])
-        if np.max(size) > 224:
-            parser.set_defaults(centre=1.0)  # as timm sees larger images whole
+    if np.max(size) > 224:
+        parser.set_defaults(centre=1.0)  # as timm sees larger images whole
     args = parser.parse_args(argv)
     args.recipe = recipe
     return args, weights
 
 
 def choose_recipe(given: Namespace, width: int) -> str:
-    """Its name, by the data, the protocol and, where images are large, the width of the network."""
+    """Name of the recipe, by the data, the protocol and, where images are large, the width of the network."""
     name = default_recipe(given)
     if given.protocol == "linear":
         return name if name.endswith("-linear") else LINEAR.get(name, "imagenet-linear")
@@ -207,7 +211,7 @@ def build(args: Namespace, weights: tuple[dict, dict] | None, classes: int) -> t
 
 
 def from_scratch(args: Namespace, classes: int) -> tuple[ViT, list[str]]:
-    """A new network, its weights N(0, 0.02) as in DeiT and timm."""
+    """A new network, the weights of its linear layers N(0, 0.02) as in DeiT and timm."""
     model = ViT(**vit_options(args), pool=args.pool, classes=classes, drop_path=args.drop_path)
     for module in model.modules():
         if isinstance(module, nn.Linear):

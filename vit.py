@@ -796,7 +796,7 @@ class Views(Dataset):
 
 class Batches(Iterator, AbstractContextManager):
     """Iterator over parts of batches: views B 3 h w in 0..1 on the device (of MoCo B 2 3 h w); on the host, random
-    numbers B n and the numbers of the images B. `waited`: seconds that were spent on waiting for them.
+    numbers B n and, as an array, the numbers of the images B. `waited`: seconds that were spent on waiting for them.
     Raises InputError if more than 1 % of the images, and at least 50, cannot be read."""
     request = 128  # images that a worker is asked for at once: its answer must fit into shared memory
 
@@ -816,11 +816,12 @@ class Batches(Iterator, AbstractContextManager):
 
     __exit__ = close
 
-    def __next__(self) -> tuple[Tensor, Tensor, Tensor]:
+    def __next__(self) -> tuple[Tensor, Tensor, np.ndarray]:
         begin, part = time.monotonic(), next(self.parts)
         pixels, numbers, index = zip(*[self.answer() for _ in range(0, len(part), Batches.request)], strict=True)
         self.waited += time.monotonic() - begin
-        return torch.cat([*map(self.world.send, pixels)]).float().div_(255), torch.cat(numbers), torch.cat(index)
+        pixels = torch.cat([self.world.send(some) for some in pixels])
+        return pixels.float().div_(255), torch.cat(numbers), torch.cat(index).numpy()
 
     def answer(self) -> tuple[Tensor, Tensor, Tensor]:
         """What a worker has made of one request."""
@@ -1149,7 +1150,8 @@ def balanced(images: Images, total: int, seed: int) -> Images:
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Images, view: Callable[[Tensor], Tensor], normalize: Callable[[Tensor], Tensor],
              args: Namespace, world: World) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in % and mean cross-entropy; each image counts once on any number of processes."""
+    """Top-1 and top-5 accuracy in % and mean cross-entropy; each image counts once on any number of processes. The model
+    is back in training mode after it."""
     model.eval()
     if world.size > 1:  # BatchNorm's statistics are those of each process's rows: judge the ones that are saved
         for buffer in model.buffers():

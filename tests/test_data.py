@@ -314,6 +314,19 @@ def test_an_epoch_takes_every_image_at_most_once_and_the_next_in_another_order_w
     assert not any(torch.equal(crops[0][i], crops[1][i]) for i in crops[0].keys() & crops[1].keys())
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_part_of_one_image_has_the_label_of_this_image(workers):
+    """numpy takes a tensor of one element for a plain number."""
+    images, world = shapes(17, 0), ONE  # parts of 8, 8 and 1
+
+    class Right(torch.nn.Module):
+        def forward(self, x):
+            return next(answers)
+    answers = (torch.nn.functional.one_hot(torch.from_numpy(labels), 10) * 9.0 for labels in np.split(images.labels, [8, 16]))
+    result = vit.evaluate(Right(), images, CentreCrop((32, 32)), lambda x: x, arguments(workers=workers, precision="fp32"), world)
+    assert result["top1"] == 100 and result["val_images"] == 17
+
+
 @pytest.mark.parametrize("total", [7, 8, 10])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_evaluation_sees_every_image_once_and_leaves_the_global_generator_alone(total, processes):
