@@ -10,12 +10,12 @@ network), MAE's for base, large and huge (arXiv 2111.06377, FINETUNE.md), transf
 small images, and the demo. The accuracy after the last epoch is the result; log.jsonl has the others.
 
 Run    python finetune.py --init runs/mae-demo/encoder.pth                  after python mae.py
-       python finetune.py                                                   the same from scratch
+       python finetune.py --out runs/scratch                                the same from scratch
        torchrun --standalone --nproc_per_node=8 finetune.py --data /imagenet --init runs/mae-imagenet/encoder.pth
        python finetune.py --data /imagenet --init encoder.pth --protocol linear --batch-size 2048    or: knn
        python finetune.py --data /imagenet --init runs/finetune-imagenet/model.pth --eval
-Writes model.pth (the classifier and its config) and last.pth (all that --resume needs), log.jsonl, args.json. The result
-       is one line on stdout; --eval and knn write nothing else.
+Writes model.pth (the classifier and its config) and last.pth (all that --resume needs), log.jsonl, args.json. The
+       result is one line on stdout; --eval and knn write nothing else.
 Use    from finetune import LARS, knn_hits                              copy this file and vit.py
 Letters in shape comments: B images, C channels, D width, K classes, M training images
 """

@@ -1150,8 +1150,8 @@ def balanced(images: Images, total: int, seed: int) -> Images:
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Images, view: Callable[[Tensor], Tensor], normalize: Callable[[Tensor], Tensor],
              args: Namespace, world: World) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in % and mean cross-entropy; each image counts once on any number of processes. The model
-    is back in training mode after it."""
+    """Top-1 and top-5 accuracy in % and mean cross-entropy; each image counts once on any number of processes.
+    The model is back in training mode after it."""
     model.eval()
     if world.size > 1:  # BatchNorm's statistics are those of each process's rows: judge the ones that are saved
         for buffer in model.buffers():
