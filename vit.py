@@ -804,9 +804,13 @@ class Batches(Iterator, AbstractContextManager):
         self.world, self.waited, self.seen, self.complaints = world, 0.0, 0, set()
         others, (self.parts, asked) = multiprocessing.active_children(), tee(parts)
         requests = (part[i:i + Batches.request] for part in asked for i in range(0, len(part), Batches.request))
-        self.items = iter(DataLoader(views, batch_sampler=requests, num_workers=args.workers,
-                                     pin_memory=args.device == "cuda", worker_init_fn=leave_signals_alone,
-                                     generator=torch.Generator()))
+        loader = DataLoader(views, batch_sampler=requests, num_workers=args.workers, pin_memory=args.device == "cuda",
+                            worker_init_fn=leave_signals_alone, generator=torch.Generator())
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # also for what starts now
+        try:
+            self.items = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         workers = [process for process in multiprocessing.active_children() if process not in others]
         self.end_workers = weakref.finalize(self, end_processes, workers)  # the end of the program calls it, too
 
@@ -827,7 +831,7 @@ class Batches(Iterator, AbstractContextManager):
         """What a worker has made of one request."""
         try:
             pixels, numbers, index, complaints = next(self.items)
-        except (InputError, RuntimeError, ConnectionError) as error:
+        except (InputError, RuntimeError, ConnectionError, EOFError) as error:
             told = str(error).rpartition("InputError: ")[2].strip()  # from a worker it comes at the end of a traceback
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in told:
                 raise  # no word of the loader itself
