@@ -580,13 +580,10 @@ def launch(main: Callable[[], None]) -> None:
 
 def end_processes(processes: list[multiprocessing.Process]) -> None:
     """Kills worker processes and waits until they are gone."""
-    if processes:
-        torchs_own = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it raises an error for every worker that is killed
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join(5)
-        signal.signal(signal.SIGCHLD, torchs_own)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(5)
 
 
 def leave_signals_alone(worker: int) -> None:
@@ -649,7 +646,7 @@ class Images:
                 if self.enough:
                     image.draft("RGB", (self.enough, self.enough))
                 return v2.functional.pil_to_tensor(to_rgb(image))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for broken files
+        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:  # of Pillow
             raise InputError(f"{path}: cannot be read ({error})") from None
 
 
@@ -807,9 +804,11 @@ class Batches(Iterator, AbstractContextManager):
         loader = DataLoader(views, batch_sampler=requests, num_workers=args.workers, pin_memory=args.device == "cuda",
                             worker_init_fn=leave_signals_alone, generator=torch.Generator())
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # also for what starts now
+        at_a_death = signal.getsignal(signal.SIGCHLD)  # torch's handler would raise an error wherever the program is
         try:
             self.items = iter(loader)
         finally:
+            signal.signal(signal.SIGCHLD, at_a_death)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         workers = [process for process in multiprocessing.active_children() if process not in others]
         self.end_workers = weakref.finalize(self, end_processes, workers)  # the end of the program calls it, too
@@ -1008,7 +1007,8 @@ class Run:
         if number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt  # the second one does not wait
         self.signal = number
-        os.write(2, b"\nstopping at the next look\n" * self.main)  # print() may be what was interrupted
+        with suppress(OSError):
+            os.write(2, b"\nstopping at the next look\n" * self.main)  # print() may be what was interrupted
 
     def add(self, **losses: Tensor) -> None:
         """The losses of one more part of a batch; they stay on the device until the next look."""
