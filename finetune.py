@@ -14,22 +14,25 @@ Run    python finetune.py --init runs/mae-demo/encoder.pth                  afte
        torchrun --standalone --nproc_per_node=8 finetune.py --data /imagenet --init runs/mae-imagenet/encoder.pth
        python finetune.py --data /imagenet --init encoder.pth --protocol linear --batch-size 2048    or: knn
        python finetune.py --data /imagenet --init runs/finetune-imagenet/model.pth --eval
-Writes model.pth (the classifier and its config) and last.pth (all that --resume needs), log.jsonl, args.json. The
-       result is one line on stdout; --eval and knn write nothing else.
+       python finetune.py --init runs/finetune-imagenet/model.pth --predict photos > table.tsv
+Writes model.pth (the classifier, its config, the names of its classes) and last.pth (all that --resume needs),
+       log.jsonl, args.json. The result is on stdout; --eval, --predict and knn write nothing else.
 Use    from finetune import LARS, knn_hits                              copy this file and vit.py
 Letters in shape comments: B images, C channels, D width, K classes, M training images
 """
+import math
+import os
 from argparse import Namespace
-from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
-from vit import (IMAGENET_MEAN, IMAGENET_STD, SIZES, InputError, ViT, encoder_options, load_encoder, param_groups,
-                 read_encoder)
+from vit import (IMAGENET_MEAN, IMAGENET_STD, SIZES, InputError, ViT, encoder_options, load_encoder, load_file,
+                 param_groups, read_encoder)
 
 # -------------------------------------------------------------------- the method
 
@@ -65,6 +68,38 @@ class LARS(torch.optim.Optimizer):
                 p.add_(m.mul_(group["momentum"]).add_(g), alpha=-group["lr"])
 
 
+class ProbeCrop(v2.RandomResizedCrop):
+    """The crop of MAE's linear probe (util/crop.py): area and aspect are drawn once, and cut to the image. torchvision
+    draws again until they fit into it, which gives smaller crops: 0.43 of a 4:3 image instead of 0.52."""
+
+    def make_params(self, flat_inputs: list) -> dict[str, int]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        area = height * width * torch.empty(()).uniform_(*self.scale).item()
+        aspect = math.exp(torch.empty(()).uniform_(*map(math.log, self.ratio)).item())
+        h, w = min(round((area / aspect) ** 0.5), height), min(round((area * aspect) ** 0.5), width)
+        top, left = (torch.randint(room + 1, ()).item() for room in (height - h, width - w))
+        return dict(top=top, left=left, height=h, width=w)
+
+
+def start_afresh(module: nn.Module) -> None:
+    """For `apply`: the start of a network without pre-training, as in DeiT and timm. Linear weights are N(0, 0.02), the
+    patch projection is as torch draws any convolution; so MAE's Xavier goes."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Conv2d):
+        module.reset_parameters()
+
+
+def trained_part(state: dict, config: dict) -> tuple[dict, dict]:
+    """Weights and config without a last block of which nothing beyond the queries, keys and values was ever trained, as
+    TinyMIM leaves it: its biases are still exactly zero. Frozen features are those that enter it."""
+    first, last = "blocks.0.", f"blocks.{config['depth'] - 1}."
+    if state[last + "mlp.fc1.bias"].any() or not state[first + "mlp.fc1.bias"].any():
+        return state, config
+    state = {name: value for name, value in state.items() if not name.startswith(last)}
+    return state, dict(config, depth=config["depth"] - 1, last_heads=config["heads"])
+
+
 def knn_hits(features: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, classes: int, k: int = 20,
                  temperature: float = 0.07) -> Tensor:
     """Number of queries whose class the k nearest entries of the bank vote for, each with weight exp(cosine / T).
@@ -79,9 +114,10 @@ def knn_hits(features: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor
 
 
 # -------------------------------------------------------------------- the recipe
-from vit import (STEP, CentreCrop, Images, Run, Views, World, amount, balanced, common_options, count, default_recipe,
-                 evaluate, in_order, launch, mixing, normalizer, on_command_line, open_images, print_result,
-                 random_crop, random_erasing, say, share, start, torch_seed, vit_options, within)
+from vit import (STEP, CentreCrop, Images, Run, Views, World, amount, balanced, common_options, complete, count,
+                 default_recipe, evaluate, find_images, in_order, launch, mixing, on_command_line, open_images,
+                 print_out, print_result, random_crop, random_erasing, say, share, start, take_over, torch_seed,
+                 vit_options, within)
 
 # MAE-Lite's improved recipe (projects/eval_tools/finetuning_exp.py); layer decay 0.75 for small (SMALL.md).
 LIGHT = dict(
@@ -95,10 +131,11 @@ FULL = dict(LIGHT, model="base", epochs=100, blr=5e-4, layer_decay=0.65, drop_pa
 # MAE's linear probe (main_linprobe.py). 16,384 images a batch need eight processes: on one give --batch-size 2048.
 PROBE = dict(LIGHT, optimizer="lars", pool="cls", epochs=90, warmup_epochs=10, batch_size=16384, micro_batch=2048,
              blr=0.1, min_lr=0.0, weight_decay=0.0, layer_decay=1.0, mixup=0.0, randaugment=0.0)
-# For arXiv 2402.03752's small images. The paper's fine-tuning is not known to us: these are our choices.
+# For arXiv 2402.03752's small images, classified by the class token (its "dummy patch"). The rest of the paper's
+# fine-tuning is not known to us: these are our choices.
 CIFAR = dict(
     model="tiny", image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned",
-    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), optimizer="adamw", pool="mean",
+    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), optimizer="adamw", pool="cls",
     epochs=200, warmup_epochs=10, batch_size=512, micro_batch=512, blr=1e-3, min_lr=1e-6, weight_decay=0.05,
     layer_decay=0.75, drop_path=0.1, clip_grad=0.0, smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.0, randaugment=9.0,
     crop_min=0.8, centre=1.0, eval_every=10)
@@ -139,8 +176,10 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | N
     parser = common_options(__doc__, RECIPES)
     add = parser.add_argument_group("method").add_argument
     add("--protocol", choices=["finetune", "linear", "knn"], default="finetune", help="what is trained")
-    add("--init", help="weights: encoder.pth of any of the scripts, or an official file; without: from scratch")
     add("--eval", action="store_true", help="evaluate the classifier in --init, and nothing else")
+    add("--by-class", action="store_true", help="with --eval: the accuracy of each class, too")
+    add("--predict", metavar="DIR", help="print file, class and its probability for all images below a folder, by the "
+        "classifier in --init")
     add("--labels", type=count, help="labelled training images in total, balanced over the classes; else all")
     add("--reuse", type=within(0, kind=int), help="use only so many pre-trained blocks; the rest start afresh")
     add("--pool", choices=["cls", "mean"], help="features: cls (class token) or mean (of the patches)")
@@ -158,23 +197,23 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | N
     add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
     add("--centre", type=within(0.01, 1), help="share of the shorter side that is seen in evaluation")
     given = on_command_line(parser, argv)
-    if given.init is None and (given.eval or given.reuse is not None or given.protocol != "finetune"):
-        raise InputError("--eval, --reuse, --protocol linear and knn need --init, the file with the weights")
-    weights = read_encoder(given.init, given.heads) if given.init else None
+    if given.init is None and (given.eval or given.predict or given.reuse is not None or given.protocol != "finetune"):
+        raise InputError("--eval, --predict, --reuse, --protocol linear and knn need --init, the file with the weights")
+    if given.by_class and not given.eval:
+        raise InputError("--by-class needs --eval")
+    trained = given.protocol == "finetune" and not (given.eval or given.predict)
+    weights = None if given.init is None else read_encoder(given.init, given.heads, other_heads=trained)
     recipe = choose_recipe(given, SIZES[given.model or "tiny"]["width"] if weights is None else weights[1]["width"])
     parser.set_defaults(**RECIPES[recipe])
-    size = given.image_size or RECIPES[recipe]["image_size"]
-    if weights is None:
-        parser.set_defaults(layer_decay=1.0)  # there is nothing to protect in the lower layers
+    if weights is None:  # the lower layers have nothing to protect, and positions are learned from the start
+        parser.set_defaults(layer_decay=1.0, positions="learned")
     else:
-        agree(given, *weights)
-        size = given.image_size or weights[1]["image_size"]
-        parser.set_defaults(image_size=size, mean=weights[1]["mean"], std=weights[1]["std"])
-    if np.max(size) > 224:
+        if "dist_token" in weights[0]:
+            raise InputError(f"--init {given.init} has a distillation token: g2sd.py --stage specific --eval takes it")
+        take_over(parser, given, {**weights[1], "heads": given.heads or weights[1]["heads"]})
+    if np.max(given.image_size or parser.get_default("image_size")) > 224:
         parser.set_defaults(centre=1.0)  # as timm sees larger images whole
-    args = parser.parse_args(argv)
-    args.recipe = recipe
-    return args, weights
+    return complete(parser, argv, recipe), weights
 
 
 def choose_recipe(given: Namespace, width: int) -> str:
@@ -185,20 +224,8 @@ def choose_recipe(given: Namespace, width: int) -> str:
     return CHOICES.get((given.protocol, width), name) if given.recipe is None and name == "imagenet" else name
 
 
-def agree(given: Namespace, state: dict, config: dict) -> None:
-    """Raises InputError if a flag asks for another network than the one in the file."""
-    if "dist_token" in state:
-        raise InputError(f"--init {given.init} has a distillation token: g2sd.py --stage specific --eval takes it")
-    if given.model is not None and SIZES[given.model]["width"] != config["width"]:
-        raise InputError(f"--model {given.model}: the network in --init is {config['width']} wide")
-    for name in ("width", "depth", "heads", "mlp_ratio", "patch_size", "act", "qkv_bias", "positions"):
-        if getattr(given, name) not in (None, config[name]):
-            flag = f"--{name.replace('_', '-')} {getattr(given, name)}"
-            raise InputError(f"{flag}: the network in --init has {config[name]}")
-
-
 def build(args: Namespace, weights: tuple[dict, dict] | None, classes: int) -> tuple[ViT, list[str]]:
-    """The classifier, and the names of its parameters that start afresh. weights: from `read_encoder`, or None."""
+    """The classifier, and what of it is not as in pre-training. weights: from `read_encoder`, or None."""
     torch.manual_seed(args.seed)
     model, fresh = from_scratch(args, classes) if weights is None else pretrained(args, *weights, classes)
     model.pos_embed.requires_grad_(True)  # here sin-cos positions are only the initial values (MAE, timm)
@@ -211,30 +238,29 @@ def build(args: Namespace, weights: tuple[dict, dict] | None, classes: int) -> t
 
 
 def from_scratch(args: Namespace, classes: int) -> tuple[ViT, list[str]]:
-    """A new network, the weights of its linear layers N(0, 0.02) as in DeiT and timm."""
     model = ViT(**vit_options(args), pool=args.pool, classes=classes, drop_path=args.drop_path)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-    return model, ["everything"]
+    return model.apply(start_afresh), ["from scratch"]
 
 
 def pretrained(args: Namespace, state: dict, config: dict, classes: int) -> tuple[ViT, list[str]]:
-    """The network of a file with its weights, but for the head and the blocks from --reuse on."""
-    frozen = args.protocol != "finetune"
-    state = {name: value for name, value in state.items() if not name.startswith("head.") and reused(name, args.reuse)}
+    """The network of a file with its weights, but for the head and the blocks from --reuse on (MAE-Lite's study)."""
+    frozen, changes = args.protocol != "finetune", []
+    if frozen and (cut := trained_part(state, config))[1]["depth"] < config["depth"]:
+        (state, config), changes = cut, ["without the last block, which was never trained"]
+    if args.heads != config["heads"]:
+        changes.append(f"{args.heads} heads in place of {config['heads']}")
+    # TinyMIM gives the last block the teacher's heads in pre-training only (its models_vit.py).
+    size = encoder_options(config, image_size=args.image_size, heads=args.heads,
+                           last_heads=config["last_heads"] if frozen else None)
+    model = ViT(**size, pool=args.pool, classes=classes, drop_path=args.drop_path)
+    kept = model.depth if args.reuse is None else args.reuse
+    model.blocks[kept:].apply(start_afresh)
+    new = ("head.", *(f"blocks.{i}." for i in range(kept, model.depth)))
+    state = {name: value for name, value in state.items() if not name.startswith(new)}
     if frozen and args.pool == "mean" and "norm.weight" in state:  # nothing could train a fresh fc_norm
         state.update({f"fc_norm.{name}": state[f"norm.{name}"] for name in ("weight", "bias")})
-    # TinyMIM gives the last block the teacher's heads in pre-training only (its models_vit.py).
-    size = encoder_options(config, image_size=args.image_size, last_heads=config["last_heads"] if frozen else None)
-    model = ViT(**size, pool=args.pool, classes=classes, drop_path=args.drop_path)
-    blocks = [f"blocks.{i}." for i in range(model.depth) if not reused(f"blocks.{i}.", args.reuse)]
-    return model, load_encoder(model, state, config, fresh=("head.", *blocks))
-
-
-def reused(name: str, blocks: int | None) -> bool:
-    """Whether a pre-trained weight is taken, where only the first `blocks` blocks are (MAE-Lite's study of layers)."""
-    return blocks is None or not name.startswith("blocks.") or int(name.split(".")[1]) < blocks
+    fresh = dict.fromkeys(name.split(".")[0] for name in load_encoder(model, state, config, new))
+    return model, changes + [f"new {name}" if name != "blocks" else f"new blocks from {kept + 1} on" for name in fresh]
 
 
 def make_optimizer(model: ViT, args: Namespace) -> torch.optim.Optimizer:
@@ -252,34 +278,36 @@ def make_optimizer(model: ViT, args: Namespace) -> torch.optim.Optimizer:
 def main(argv: list[str] | None = None) -> None:
     args, weights = parse_args(argv)
     world = start(args)
-    normalize = normalizer(args.mean, args.std, world.device)
+    if args.predict:
+        return predict(args, *weights, world)
     val = open_images(args, "val", labels=True)
     if args.eval:
-        model = load_classifier(args, *weights, val).to(world.device)
-        result = evaluate(model, val, CentreCrop(model.image_size, args.centre), normalize, args, world)
-        return print_result(result, world)
+        model = load_classifier(args, *weights, val.classes).to(world.device)
+        centre = CentreCrop(model.image_size, args.centre)
+        return print_result(evaluate(model, val, centre, args, world, args.by_class), world)
     images = open_images(args, "train", labels=True)
     if args.labels:
         images = balanced(images, args.labels, args.seed)
-    model, fresh = build(args, weights, len(images.classes))
+    model, changes = build(args, weights, len(images.classes))
     model.to(world.device)
+    told = f"{args.protocol} of {len(images.classes)} classes: {', '.join(changes)}"
     if args.protocol == "knn":
-        return print_result(knn(model, images, val, normalize, args, world), world)
-    if world.rank == 0:
-        say(f"{args.protocol} of {len(images.classes)} classes; not pre-trained: {', '.join(fresh)}")
-    train(model, images, val, normalize, args, world)
+        if world.rank == 0:
+            say(told)
+        return print_result(knn(model, images, val, args, world), world)
+    train(model, told, images, val, args, world)
 
 
-def train(model: ViT, images: Images, val: Images, normalize: Callable[[Tensor], Tensor], args: Namespace,
-          world: World) -> None:
+def train(model: ViT, told: str, images: Images, val: Images, args: Namespace, world: World) -> None:
     optimizer = make_optimizer(model, args)
     run = Run("finetune", args, world, images, model, model, optimizer)
+    if world.rank == 0:
+        say(told)
     if args.protocol == "linear" and run.parts > 1:
-        raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs the whole share of a process at once; "
-                         f"give {args.micro_batch * world.size} or less, or raise --micro-batch to "
-                         f"{args.batch_size // world.size}")
+        raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs a process's whole share at once; give "
+                         f"{args.micro_batch * world.size} or less, or --micro-batch {args.batch_size // world.size}")
     wrapped, scaler = world.wrap(model, args.compile), run.scaler
-    views = Views(images, random_crop(model.image_size, args.crop_min, args.randaugment), args.seed)
+    views = Views(images, training_view(model.image_size, args), args.seed)
     centre, mix = CentreCrop(model.image_size, args.centre), mixing(args.mixup, args.cutmix, len(images.classes))
     with run.batches(views) as batches:
         for step in run.steps(batches):
@@ -287,7 +315,7 @@ def train(model: ViT, images: Images, val: Images, normalize: Callable[[Tensor],
                 pixels, _, index = next(batches)                                        # B C h w in 0..1; on the host B
                 labels = world.send(torch.from_numpy(images.labels[index]))             # B
                 torch.manual_seed(torch_seed(STEP, args.seed, step, world.rank, part))  # of erasing, mixing, drop path
-                pixels = normalize(pixels)
+                pixels = model.normalize(pixels)
                 if args.erasing:
                     pixels = random_erasing(pixels, args.erasing)
                 if mix:
@@ -306,17 +334,27 @@ def train(model: ViT, images: Images, val: Images, normalize: Callable[[Tensor],
             optimizer.zero_grad()
             if step % (run.per_epoch * args.eval_every) == 0 and step < run.last:
                 run.look(step, save=True)  # first, for an evaluation may take long, or meet an image that is broken
-                run.write(step, **evaluate(model, val, centre, normalize, args, world))
-    result = evaluate(model, val, centre, normalize, args, world)
+                run.write(step, **evaluate(model, val, centre, args, world))
+    result = evaluate(model, val, centre, args, world)
     run.write(run.last, **result)
     print_result(result, world)
 
 
-def load_classifier(args: Namespace, state: dict, config: dict, images: Images) -> ViT:
+def training_view(size: tuple[int, int], args: Namespace) -> v2.Transform:
+    if args.protocol != "linear":
+        return random_crop(size, args.crop_min, args.randaugment)
+    bicubic = v2.InterpolationMode.BICUBIC
+    return v2.Compose([ProbeCrop(size, (args.crop_min, 1.0), interpolation=bicubic), v2.RandomHorizontalFlip()])
+
+
+def load_classifier(args: Namespace, state: dict, config: dict, classes: list[str] | None = None) -> ViT:
     """A classifier that this script wrote, or an official one. Raises InputError if its classes are not the data's."""
-    if config["classes"] != len(images.classes):
-        raise InputError(f"--init {args.init} knows {config['classes']} classes, --data {args.data} has "
-                         f"{len(images.classes)}")
+    if not config["classes"]:
+        raise InputError(f"--init {args.init} is no classifier but an encoder")
+    known = load_file(args.init).get("classes") or [None] * config["classes"]
+    if classes is not None and (len(known) != len(classes) or known != classes and known[0] is not None):
+        raise InputError(f"--init {args.init} knows {len(known)} classes ({', '.join(map(str, known[:3]))}, ...), "
+                         f"--data {args.data} has {len(classes)} ({', '.join(classes[:3])}, ...)")
     model = ViT(**encoder_options(config, image_size=args.image_size, pool=config["pool"], classes=config["classes"]))
     if "head.1.weight" in state:
         model.head = probe_head(model.width, config["classes"])
@@ -325,25 +363,42 @@ def load_classifier(args: Namespace, state: dict, config: dict, images: Images) 
 
 
 @torch.no_grad()
-def features_of(model: ViT, images: Images, normalize: Callable[[Tensor], Tensor], args: Namespace,
-                world: World) -> tuple[Tensor, Tensor]:
+def predict(args: Namespace, state: dict, config: dict, world: World) -> None:
+    """Prints a table, separated by tabs: file, class, its probability."""
+    if world.size > 1 or not os.path.isdir(args.predict):
+        raise InputError(f"--predict {args.predict}: needs a folder, and is for one process alone")
+    model = load_classifier(args, state, config).to(world.device).eval()
+    classes = load_file(args.init).get("classes") or range(config["classes"])
+    names = np.array([os.fsencode(name) for name in sorted(find_images(args.predict))])
+    print_out("file\tclass\tprobability")
+    views = Views(Images(names, root=args.predict), CentreCrop(model.image_size, args.centre))
+    with in_order(views, args, world) as batches:
+        for pixels, _, index in batches:
+            with world.autocast():
+                logits = model(model.normalize(pixels))
+            best = logits.float().softmax(1).max(1)
+            for name, probability, label in zip(names[index], best.values.tolist(), best.indices.tolist(), strict=True):
+                print_out(f"{os.fsdecode(name)}\t{classes[label]}\t{probability:.4f}")
+
+
+@torch.no_grad()
+def features_of(model: ViT, images: Images, args: Namespace, world: World) -> tuple[Tensor, Tensor]:
     """Features M D and labels M of this process's share of the images."""
     features, labels = [torch.empty(0, model.width, device=world.device)], [torch.empty(0, dtype=torch.int64)]
     with in_order(Views(images, CentreCrop(model.image_size, args.centre)), args, world) as batches:
         for pixels, _, index in batches:  # none, where there are more processes than images
             with world.autocast():
-                features.append(model.features(normalize(pixels)).float())
+                features.append(model.features(model.normalize(pixels)).float())
             labels.append(torch.from_numpy(images.labels[index]))
     return torch.cat(features), world.send(torch.cat(labels))
 
 
-def knn(model: ViT, images: Images, val: Images, normalize: Callable[[Tensor], Tensor], args: Namespace,
-        world: World) -> dict[str, float]:
+def knn(model: ViT, images: Images, val: Images, args: Namespace, world: World) -> dict[str, float]:
     """Accuracy in % on `val`, each image counted once on any number of processes, with `images` as the bank."""
     model.eval()
-    mine = features_of(model, images, normalize, args, world)
+    mine = features_of(model, images, args, world)
     bank, bank_labels = (gathered(rows, len(images), world) for rows in mine)
-    features, labels = features_of(model, val, normalize, args, world)
+    features, labels = features_of(model, val, args, world)
     hits = sum(knn_hits(some, truth, bank, bank_labels, len(images.classes))
                for some, truth in zip(features.split(256), labels.split(256), strict=True))
     return dict(top1=100 * world.sum(hits.double()).item() / len(val), val_images=len(val))

@@ -35,18 +35,20 @@ from vit import (SIZES, Block, InputError, ViT, encoder_options, init_linear, lo
 class MaskedViT(nn.Module):
     """A ViT that sees a random subset of the patches, and a light decoder that works on all of them.
 
-    decoder      width, blocks, heads; MLP ratio, activation and kind of positions are the encoder's
-    mask_ratio   share of the patches that the encoder does not see
+    decoder          width, blocks, heads
+    mask_ratio       share of the patches that the encoder does not see
+    decoder_config   MLP ratio, activation, qkv_bias and positions of the decoder, where they are not the encoder's
     """
 
-    def __init__(self, encoder: ViT, decoder: tuple[int, int, int], mask_ratio: float = 0.75):
+    def __init__(self, encoder: ViT, decoder: tuple[int, int, int], mask_ratio: float = 0.75,
+                 decoder_config: dict | None = None):
         super().__init__()
         patches, (width, depth, heads) = encoder.patches, decoder
         self.kept = int(patches * (1 - mask_ratio))  # cut, not rounded: as in all official code
         if not 0 < self.kept < patches:
             raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {patches} patches to see: at least "
                              "one must be seen and one hidden")
-        config = encoder.config
+        config = {**encoder.config, **(decoder_config or {})}
         self.encoder = encoder
         self.decoder_embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
@@ -187,8 +189,8 @@ def nkd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
 
 # -------------------------------------------------------------------- the recipe
 from vit import (STEP, CentreCrop, Images, Run, Views, World, amount, balanced, common_options, count, default_recipe,
-                 evaluate, launch, mixing, normalizer, open_images, parse, print_result, random_crop, random_erasing,
-                 say, share, start, torch_seed, vit_options, within)
+                 evaluate, launch, load_init, mixing, open_images, parse, print_result, random_crop, random_erasing,
+                 say, say_next, share, start, torch_seed, vit_options, within)
 
 # The authors' SD.sh and main_finetune_dis.py, ViT-S.
 SPECIFIC = dict(
@@ -211,8 +213,8 @@ RECIPES = {
         epochs=8, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
     "imagenet-specific": SPECIFIC,
     # Ours, after finetune.py's recipes of the same names.
-    "cifar-specific": dict(SPECIFIC, warmup_epochs=10, batch_size=512, micro_batch=512, erasing=0.0, crop_min=0.8,
-                           centre=1.0, eval_every=10),
+    "cifar-specific": dict(SPECIFIC, warmup_epochs=10, batch_size=512, micro_batch=512, drop_path=0.1, erasing=0.0,
+                           crop_min=0.8, centre=1.0, eval_every=10),
     "demo-specific": dict(SPECIFIC, labels=500, epochs=30, warmup_epochs=2, batch_size=32, blr=1.6e-2, mixup=0.0,
                           cutmix=0.0, erasing=0.0, randaugment=0.0, crop_min=0.6, centre=1.0, eval_every=10),
 }
@@ -241,10 +243,9 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, MaskedViT | tuple[dic
         add("--layer", type=count, help="imitated block of the teacher's decoder, from 1; else half way: 4 of 8")
         add("--tokens", choices=["all", "masked", "visible"], help="tokens that are compared")
         add("--mask-ratio", type=share, help="share of the patches hidden from both; else as in the teacher's training")
-        add("--teacher-decoder-heads", type=count, help="of the teacher; else as its file says, or width / 32")
+        add("--teacher-decoder-heads", type=count, help="of the teacher, where its file does not say; MAE's have 16")
     else:
-        add("--init", help="encoder.pth of the generic stage or another; with --eval, model.pth")
-        add("--eval", action="store_true", help="evaluate the classifier in --init, and nothing else")
+        add("--eval", action="store_true", help="evaluate the classifier in --init, a model.pth, and nothing else")
         add("--distillation", choices=["hard", "nkd"], help="hard: a token learns the teacher's class; nkd: nkd_loss")
         add("--labels", type=count, help="labelled training images in total, balanced over the classes; else all")
         add("--layer-decay", type=share, help="factor of the learning rate from block to block downwards")
@@ -261,11 +262,9 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, MaskedViT | tuple[dic
     if args.stage == "generic":
         loaded, config, args.mask_ratio = load_mae(args)
         args.layer = args.layer or max(1, len(loaded.decoder_blocks) // 2)  # 4 of 8 in the paper
+        args.mean, args.std = config["mean"], config["std"]  # student and teacher see the same tensor
     else:
         loaded = read_encoder(args.init, args.heads)
-        config = loaded[1]
-        args.image_size = args.image_size or config["image_size"]
-    args.mean, args.std = config["mean"], config["std"]  # student and teacher see the same tensor
     return args, loaded
 
 
@@ -280,7 +279,7 @@ def recipe_of_stage(given: Namespace) -> str:
 
 
 def check_stage(args: Namespace) -> None:
-    """Raises InputError if a file is missing, with the command that makes it, or if options contradict --init."""
+    """Raises InputError if a file is missing, with the command that makes it."""
     data = f"--data {args.data}"
     if args.stage == "generic" and args.teacher is None:
         size = "--width 128 --heads 8" if args.data == "shapes" else f"{data} --model base"
@@ -292,10 +291,6 @@ def check_stage(args: Namespace) -> None:
                              f"  python g2sd.py {data} --teacher runs/teacher/last.pth --out runs/g2sd\n"
                              f"  python finetune.py {data} --init runs/teacher/encoder.pth --out runs/classes\n"
                              "and give --init runs/g2sd/encoder.pth --teacher runs/classes/model.pth")
-        fixed = ["model", "width", "depth", "mlp_ratio", "patch_size", "act", "qkv_bias", "positions"]
-        for name in fixed + ["image_size"] * args.eval:  # in training, positions are stretched to --image-size
-            if getattr(args, name) is not None:
-                raise InputError(f"--{name.replace('_', '-')}: in --stage specific the network comes from --init")
 
 
 def load_mae(args: Namespace) -> tuple[MaskedViT, dict, float]:
@@ -316,10 +311,11 @@ def load_mae(args: Namespace) -> tuple[MaskedViT, dict, float]:
     ratio = trained.get("mask_ratio", 0.75) if args.mask_ratio is None else args.mask_ratio
     width = len(decoder["decoder_embed.weight"])
     depth = len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")})
-    heads = max(1, width // 32)  # 32 channels to a head, as in every decoder of MAE, MAE-Lite and G2SD
-    if sizes := trained.get("decoder"):
-        heads = int((sizes.split("x") if isinstance(sizes, str) else sizes)[2])  # older files have it as 64x1x2
-    teacher = MaskedViT(ViT(**encoder_options(config)), (width, depth, args.teacher_decoder_heads or heads), ratio)
+    heads = args.teacher_decoder_heads or (trained.get("decoder") or [0, 0, 16 if width == 512 else 0])[2]  # 16: MAE's
+    if not heads:
+        raise InputError(f"--teacher {args.teacher} does not say how many heads its decoder, {width} wide, has: give "
+                         "--teacher-decoder-heads (3 or 6 in MAE-Lite's, 96 or 192 wide)")
+    teacher = MaskedViT(ViT(**encoder_options(config)), (width, depth, heads), ratio, trained.get("decoder_config"))
     load_encoder(teacher.encoder, state, config, fresh=())
     own = {(name, x.shape) for name, x in teacher.state_dict().items() if not name.startswith("encoder.")}
     if wrong := {name for name, _ in own ^ {(name, x.shape) for name, x in decoder.items()}}:
@@ -335,8 +331,8 @@ def build_generic(args: Namespace, teacher: MaskedViT) -> GenericStudent:
     decoder, heads = args.decoder or own["decoder"], args.heads or own["heads"]
     if decoder is None:
         raise InputError(f"--decoder WIDTH BLOCKS HEADS is needed: only {' and '.join(STUDENTS)} have a default")
-    student = GenericStudent(ViT(**{**vit_options(args), "heads": heads}), decoder,
-                             teacher.decoder_embed.out_features, args.mask_ratio, args.tokens)
+    encoder = load_init(ViT(**{**vit_options(args), "heads": heads}), args)
+    student = GenericStudent(encoder, decoder, teacher.decoder_embed.out_features, args.mask_ratio, args.tokens)
     theirs, ours = ((*vit.image_size, vit.patch_size) for vit in (teacher.encoder, student.encoder))
     if theirs != ours:
         raise InputError("the teacher sees {} x {} pixels in patches of {}, the student {} x {} in patches of {}: they "
@@ -373,9 +369,10 @@ def load_trained(path: str, state: dict, config: dict, images: Images) -> ViT:
 def load_teacher(args: Namespace, student: SpecificStudent, images: Images) -> ViT:
     """The frozen teacher of the specific stage. Raises InputError unless it sees the same tensor as the student."""
     state, config = read_encoder(args.teacher, args.teacher_heads, "--teacher-heads")
-    for name, value in (("image_size", student.config["image_size"]), ("mean", args.mean), ("std", args.std)):
-        if config[name] != value:
-            raise InputError(f"the teacher has {name} {config[name]}, the student {value}; both see the same tensor")
+    for name in ("image_size", "mean", "std"):
+        if config[name] != student.config[name]:
+            raise InputError(f"the teacher has {name} {config[name]}, the student {student.config[name]}; both see the "
+                             "same tensor")
     return load_trained(args.teacher, state, config, images).eval().requires_grad_(False)
 
 
@@ -388,9 +385,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.stage == "generic":
         generic(args, loaded, world)
     elif args.eval:
-        val, normalize = open_images(args, "val", labels=True), normalizer(args.mean, args.std, world.device)
+        val = open_images(args, "val", labels=True)
         model = load_trained(args.init, *loaded, val).to(world.device)
-        print_result(evaluate(model, val, CentreCrop(model.image_size, args.centre), normalize, args, world), world)
+        print_result(evaluate(model, val, CentreCrop(model.image_size, args.centre), args, world), world)
     else:
         specific(args, *loaded, world)
 
@@ -398,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
 def generic(args: Namespace, teacher: MaskedViT, world: World) -> None:
     images, teacher = open_images(args), teacher.to(world.device)
     model = build_generic(args, teacher).to(world.device)
-    encoder, normalize = model.encoder, normalizer(args.mean, args.std, world.device)
+    encoder = model.encoder
     # As in the authors' code, class and mask token decay like matrices; learned positions do not.
     groups = param_groups(model, args.weight_decay, undecayed=("encoder.pos_embed", "decoder_pos_embed"))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
@@ -411,7 +408,7 @@ def generic(args: Namespace, teacher: MaskedViT, world: World) -> None:
         for step in run.steps(batches):
             for part in range(1, run.parts + 1):
                 pixels, noise, _ = next(batches)                                # B C h w in 0..1; on the host B N
-                pixels, noise = normalize(pixels), world.send(noise)
+                pixels, noise = encoder.normalize(pixels), world.send(noise)
                 with world.share_gradients(wrapped, now=part == run.parts):
                     with world.autocast():
                         target = generic_target(teacher, pixels, noise, args.layer)     # B 1+N T
@@ -422,9 +419,8 @@ def generic(args: Namespace, teacher: MaskedViT, world: World) -> None:
             scaler.update()
             optimizer.zero_grad()
     if world.rank == 0:
-        say(f"next:  python finetune.py --data {args.data} --init {run.out}/encoder.pth\n"
-            f"or     python g2sd.py --stage specific --data {args.data} --init {run.out}/encoder.pth --teacher "
-            "MODEL.pth\n       (MODEL.pth: the teacher, fine-tuned by finetune.py)")
+        say_next(args, f"{run.out}/encoder.pth")
+        say("or the second stage: g2sd.py --stage specific, with this file as --init and a fine-tuned --teacher")
 
 
 def specific(args: Namespace, state: dict, config: dict, world: World) -> None:
@@ -433,7 +429,6 @@ def specific(args: Namespace, state: dict, config: dict, world: World) -> None:
         images = balanced(images, args.labels, args.seed)
     model = build_specific(args, state, config, len(images.classes)).to(world.device)
     teacher = load_teacher(args, model, images).to(world.device)
-    normalize = normalizer(args.mean, args.std, world.device)
     groups = param_groups(model, args.weight_decay, ("cls_token", "pos_embed"), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=args.device == "cuda")
     run = Run("g2sd", args, world, images, model, model, optimizer)
@@ -447,7 +442,7 @@ def specific(args: Namespace, state: dict, config: dict, world: World) -> None:
                 pixels, _, index = next(batches)                                        # B C h w in 0..1; on the host B
                 labels = world.send(torch.from_numpy(images.labels[index]))             # B
                 torch.manual_seed(torch_seed(STEP, args.seed, step, world.rank, part))  # of erasing, mixing, drop path
-                pixels = normalize(pixels)
+                pixels = model.normalize(pixels)
                 if args.erasing:
                     pixels = random_erasing(pixels, args.erasing)
                 if mix:
@@ -463,8 +458,8 @@ def specific(args: Namespace, state: dict, config: dict, world: World) -> None:
             optimizer.zero_grad()
             if step % (run.per_epoch * args.eval_every) == 0 and step < run.last:
                 run.look(step, save=True)  # first, for an evaluation may take long, or meet an image that is broken
-                run.write(step, **evaluate(model, val, centre, normalize, args, world))
-    result = evaluate(model, val, centre, normalize, args, world)
+                run.write(step, **evaluate(model, val, centre, args, world))
+    result = evaluate(model, val, centre, args, world)
     run.write(run.last, **result)
     print_result(result, world)
 

@@ -24,7 +24,6 @@ Letters in shape comments: B images, C channels, h and w height and width in pix
        n kept patches, L = 1 + n tokens, D encoder width, E decoder width, H heads, d = D / H
 """
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,18 +41,20 @@ from vit import (IMAGENET_MEAN, IMAGENET_STD, Block, InputError, ViT, encoder_op
 class MaskedViT(nn.Module):
     """A ViT that sees a random subset of the patches, and a light decoder that works on all of them.
 
-    decoder      width, blocks, heads; MLP ratio, activation and kind of positions are the encoder's
-    mask_ratio   share of the patches that the encoder does not see
+    decoder          width, blocks, heads
+    mask_ratio       share of the patches that the encoder does not see
+    decoder_config   MLP ratio, activation, qkv_bias and positions of the decoder, where they are not the encoder's
     """
 
-    def __init__(self, encoder: ViT, decoder: tuple[int, int, int], mask_ratio: float = 0.75):
+    def __init__(self, encoder: ViT, decoder: tuple[int, int, int], mask_ratio: float = 0.75,
+                 decoder_config: dict | None = None):
         super().__init__()
         patches, (width, depth, heads) = encoder.patches, decoder
         self.kept = int(patches * (1 - mask_ratio))  # cut, not rounded: as in all official code
         if not 0 < self.kept < patches:
             raise InputError(f"mask ratio {mask_ratio} leaves {self.kept} of {patches} patches to see: at least "
                              "one must be seen and one hidden")
-        config = encoder.config
+        config = {**encoder.config, **(decoder_config or {})}
         self.encoder = encoder
         self.decoder_embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
@@ -97,8 +98,8 @@ class MaskedAutoencoder(MaskedViT):
     """
 
     def __init__(self, encoder: ViT, decoder: tuple[int, int, int] = (96, 1, 3), mask_ratio: float = 0.75,
-                 norm_pix: bool = True, visible_weight: float = 0.0):
-        super().__init__(encoder, decoder, mask_ratio)
+                 norm_pix: bool = True, visible_weight: float = 0.0, decoder_config: dict | None = None):
+        super().__init__(encoder, decoder, mask_ratio, decoder_config)
         self.norm_pix, self.visible_weight = norm_pix, visible_weight
         self.decoder_norm = layer_norm(decoder[0])
         self.decoder_pred = nn.Linear(decoder[0], encoder.patch_size ** 2 * encoder.channels)
@@ -118,30 +119,33 @@ class MaskedAutoencoder(MaskedViT):
     def reconstruction_loss(self, images: Tensor, prediction: Tensor, hidden: Tensor) -> Tensor:
         """Mean squared error on the hidden patches, plus visible_weight times that on the others; prediction B N ppC,
         hidden B N (true or false)."""
-        target = patchify(images, self.encoder.patch_size)                              # B N ppC
-        target = target.to(torch.promote_types(target.dtype, torch.float32))            # whatever autocast does
-        if self.norm_pix:
-            mean, std = patch_statistics(target)
-            target = (target - mean) / std
+        target = self.target(images)                                                    # B N ppC
         error = (prediction.to(target.dtype) - target).square().mean(-1)                # B N
         loss = (error * hidden).sum() / hidden.sum()
         if self.visible_weight:
             loss = loss + self.visible_weight * (error * ~hidden).sum() / (~hidden).sum()
         return loss
 
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstructed images B C h w, normalised as the given ones, and which pixels were hidden (B 1 h w, 0 or 1).
-        Predictions of normalised pixels get the true mean and standard deviation of their patch back, or they would be
-        grey."""
-        z, restore = self.encode(images, noise)
-        prediction, patch_size, grid = self.predict(z, restore).float(), self.encoder.patch_size, self.encoder.grid
+    def target(self, images: Tensor) -> Tensor:
+        """What is to be predicted, at least float32: images B C h w -> B N ppC."""
+        target = patchify(images, self.encoder.patch_size)
+        target = target.to(torch.promote_types(target.dtype, torch.float32))            # whatever autocast does
         if self.norm_pix:
-            mean, std = patch_statistics(patchify(images, patch_size))
-            prediction = prediction * std + mean
+            mean, std = patch_statistics(target)
+            target = (target - mean) / std
+        return target
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The prediction and the target, both as images B C h w, and which pixels were hidden (B 1 h w, 0 or 1). With
+        norm_pix both are normalised within each patch: mean and deviation of a hidden patch are not predicted, and to
+        take the true ones would show what the network does not know."""
+        z, restore = self.encode(images, noise)
+        patch_size, grid = self.encoder.patch_size, self.encoder.grid
         hidden = (restore >= self.kept).float().view(-1, 1, *grid)
         hidden = hidden.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
-        return unpatchify(prediction, patch_size, grid), hidden
+        values = self.predict(z, restore).float(), self.target(images)
+        return *(unpatchify(x, patch_size, grid) for x in values), hidden
 
 
 def patchify(images: Tensor, p: int) -> Tensor:
@@ -175,9 +179,9 @@ class DistilledMAE(MaskedAutoencoder):
     """
 
     def __init__(self, encoder: ViT, decoder: tuple[int, int, int] = (96, 1, 3), mask_ratio: float = 0.75,
-                 norm_pix: bool = True, visible_weight: float = 0.0, *, teacher_heads: list[int], layers: list[int],
-                 weight: float = 1.0):
-        super().__init__(encoder, decoder, mask_ratio, norm_pix, visible_weight)
+                 norm_pix: bool = True, visible_weight: float = 0.0, decoder_config: dict | None = None, *,
+                 teacher_heads: list[int], layers: list[int], weight: float = 1.0):
+        super().__init__(encoder, decoder, mask_ratio, norm_pix, visible_weight, decoder_config)
         self.layers, self.weight = layers, weight
         self.adapters = nn.ModuleList(nn.Conv2d(encoder.blocks[layer - 1].attn.heads, heads, 1, bias=False)
                                       for layer, heads in zip(layers, teacher_heads, strict=True))
@@ -212,10 +216,10 @@ class DecoupledMAE(DistilledMAE):
     it is discarded like the decoder."""
 
     def __init__(self, encoder: ViT, decoder: tuple[int, int, int] = (96, 1, 3), mask_ratio: float = 0.75,
-                 norm_pix: bool = True, visible_weight: float = 0.0, *, teacher_heads: list[int], layers: list[int],
-                 weight: float = 1.0, decode_from: int):
-        super().__init__(encoder, decoder, mask_ratio, norm_pix, visible_weight, teacher_heads=teacher_heads,
-                         layers=layers, weight=weight)
+                 norm_pix: bool = True, visible_weight: float = 0.0, decoder_config: dict | None = None, *,
+                 teacher_heads: list[int], layers: list[int], weight: float = 1.0, decode_from: int):
+        super().__init__(encoder, decoder, mask_ratio, norm_pix, visible_weight, decoder_config,
+                         teacher_heads=teacher_heads, layers=layers, weight=weight)
         if not 1 <= decode_from < encoder.depth:
             raise InputError(f"decode_from {decode_from}: expected a block from 1 to {encoder.depth - 1}, as the "
                              "blocks above it are the teacher's")
@@ -249,8 +253,8 @@ def attention_scores(vit: ViT, images: Tensor, keep: Tensor, layers: list[int]) 
 
 
 # -------------------------------------------------------------------- the recipe
-from vit import (CentreCrop, Images, Run, Views, World, amount, common_options, count, launch, normalizer, open_images,
-                 parse, random_crop, say, share, start, vit_options)
+from vit import (CentreCrop, Images, Run, Views, World, amount, common_options, count, launch, load_init, open_images,
+                 parse, random_crop, say, say_next, share, start, vit_options)
 
 # batch_size counts the images of all processes, micro_batch those that one holds at once. The learning rate rises over
 # warmup_epochs to blr * batch_size / 256, and falls along half a cosine to min_lr.
@@ -260,21 +264,22 @@ RECIPES = {
         model="tiny", image_size=224, mask_ratio=0.75, norm_pix=True, visible_weight=0.0, crop_min=0.08,
         mean=IMAGENET_MEAN, std=IMAGENET_STD,
         epochs=400, warmup_epochs=40, batch_size=4096, micro_batch=256, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
-    # arXiv 2402.03752: 36 pixels, patches of 3, ReLU, MLP ratio 2, learned positions, visible patches discounted.
-    # The paper leaves open, and we chose: 12 heads, qkv without bias, the decoder, alpha = 0.1, plain pixels,
-    # batch size and length. Crops and their scale follow a re-implementation.
+    # arXiv 2402.03752: 36 pixels, patches of 3, ReLU, MLP ratio 2, learned positions (of the decoder, too), visible
+    # patches discounted. Only its abstract could be read. Ours: 12 heads, qkv without bias, the decoder's size, alpha =
+    # 0.1, plain pixels. Length, learning rate and crops follow a re-implementation, the batch nearly.
     "cifar": dict(
         model="tiny", image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned",
-        decoder=(96, 2, 3), mask_ratio=0.75, norm_pix=False, visible_weight=0.1, crop_min=0.6,
+        decoder=(96, 2, 3), decoder_config=dict(mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned"),
+        mask_ratio=0.75, norm_pix=False, visible_weight=0.1, crop_min=0.6,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         epochs=4000, warmup_epochs=400, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
     # Ours: two minutes on two CPU cores, 2,496 steps.
     "demo": dict(
-        model="demo", image_size=32, patch_size=4, mask_ratio=0.75, norm_pix=True, visible_weight=0.0, crop_min=0.6,
+        model="demo", image_size=32, patch_size=4, mask_ratio=0.75, norm_pix=False, visible_weight=0.0, crop_min=0.6,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         epochs=8, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
 }
-# Decoders of MAE-Lite for tiny and small (a large one only hurts a small encoder), MAE's for the rest.
+# Decoders of MAE-Lite for tiny and small, MAE's for the rest.
 DECODERS = {"demo": (64, 1, 2), "tiny": (96, 1, 3), "small": (192, 1, 6)}
 
 
@@ -287,6 +292,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--decoder", type=count, nargs=3, metavar=("WIDTH", "BLOCKS", "HEADS"), help="of the decoder; else by --model: "
         "96 1 3 for tiny, 192 1 6 for small, 512 8 16 for base and larger")
     add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
+    parser.set_defaults(decoder_config=None)  # a recipe's word alone
     add = parser.add_argument_group("distillation (D-MAE)").add_argument
     add("--teacher", help="file of a pre-trained MAE encoder: ours or an official one")
     add("--teacher-heads", type=count, help="heads of the teacher, where its file does not say")
@@ -294,18 +300,21 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--distill-weight", type=amount, default=1.0, help="weight of the attention term")
     add("--decode-from", type=count, help="D2-MAE: the decoder reads the state after this block (MAE-Lite: 8 of 12), "
         "and the blocks above it learn from the teacher alone")
-    return parse(parser, argv, RECIPES)
+    args = parse(parser, argv, RECIPES)
+    args.decoder = args.decoder or DECODERS.get(args.model, (512, 8, 16))  # noted in last.pth, for g2sd.py
+    return args
 
 
 def build(args: Namespace, teacher: ViT | None) -> MaskedAutoencoder:
     """The model that the arguments describe, with weights drawn from --seed."""
     torch.manual_seed(args.seed)
-    encoder, decoder = ViT(**vit_options(args)), args.decoder or DECODERS.get(args.model, (512, 8, 16))
-    options = dict(mask_ratio=args.mask_ratio, norm_pix=args.norm_pix, visible_weight=args.visible_weight)
+    encoder = load_init(ViT(**vit_options(args)), args)
+    options = dict(mask_ratio=args.mask_ratio, norm_pix=args.norm_pix, visible_weight=args.visible_weight,
+                   decoder_config=args.decoder_config)
     if teacher is None:
         if args.decode_from:
             raise InputError("--decode-from (D2-MAE) needs --teacher")
-        return MaskedAutoencoder(encoder, decoder, **options)
+        return MaskedAutoencoder(encoder, args.decoder, **options)
     layers = args.distill_layers or [encoder.depth]
     if encoder.grid != teacher.grid or encoder.depth != teacher.depth:
         raise InputError(f"--teacher has {teacher.grid} patches and {teacher.depth} blocks, the student {encoder.grid} "
@@ -315,19 +324,18 @@ def build(args: Namespace, teacher: ViT | None) -> MaskedAutoencoder:
     options.update(teacher_heads=[teacher.blocks[layer - 1].attn.heads for layer in layers], layers=layers,
                    weight=args.distill_weight)
     if args.decode_from is None:
-        return DistilledMAE(encoder, decoder, **options)
-    return DecoupledMAE(encoder, decoder, decode_from=args.decode_from, **options)
+        return DistilledMAE(encoder, args.decoder, **options)
+    return DecoupledMAE(encoder, args.decoder, decode_from=args.decode_from, **options)
 
 
-def load_teacher(args: Namespace, device: torch.device) -> tuple[ViT, Callable[[Tensor], Tensor]] | tuple[None, None]:
-    """The frozen teacher, and the normalisation that it was trained with. It stays outside of the model, so neither
-    optimizer nor checkpoint ever meets it."""
+def load_teacher(args: Namespace, device: torch.device) -> ViT | None:
+    """The frozen teacher. It stays outside of the model, so neither optimizer nor checkpoint ever meets it."""
     if args.teacher is None:
-        return None, None
+        return None
     state, config = read_encoder(args.teacher, args.teacher_heads, "--teacher-heads")
     teacher = ViT(**encoder_options(config, image_size=args.image_size))
     load_encoder(teacher, state, config, fresh=("norm.",))  # scores are taken before the final norm
-    return teacher.to(device).eval().requires_grad_(False), normalizer(config["mean"], config["std"], device)
+    return teacher.to(device).eval().requires_grad_(False)
 
 
 # -------------------------------------------------------------------- the run
@@ -337,9 +345,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     world = start(args)
     images = open_images(args)
-    teacher, teacher_normalize = load_teacher(args, world.device)
+    teacher = load_teacher(args, world.device)
     model = build(args, teacher).to(world.device)
-    encoder, normalize = model.encoder, normalizer(args.mean, args.std, world.device)
+    encoder = model.encoder
     # As in MAE, class and mask token decay like matrices; learned positions do not.
     groups = param_groups(model, args.weight_decay, undecayed=("encoder.pos_embed", "decoder_pos_embed"))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
@@ -355,9 +363,9 @@ def main(argv: list[str] | None = None) -> None:
                 noise = world.send(noise)
                 with world.share_gradients(wrapped, now=part == run.parts):
                     with world.autocast():
-                        inputs = [normalize(pixels), noise]
+                        inputs = [encoder.normalize(pixels), noise]
                         if teacher:
-                            inputs.append(model.observe_teacher(teacher, teacher_normalize(pixels), noise))
+                            inputs.append(model.observe_teacher(teacher, teacher.normalize(pixels), noise))
                         losses = wrapped(*inputs)
                     scaler.scale(losses["loss"] / run.parts).backward()
                 run.add(**losses)
@@ -366,45 +374,43 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.zero_grad()
             if world.rank == 0 and step % max(1, run.last // 10) == 0 and step < run.last:  # some ten on the way
                 picture = run.out / f"pictures/{step:07d}.png"
-                run.write(step, **save_reconstructions(model, images, normalize, args, world, picture))
+                run.write(step, **save_reconstructions(model, images, args, world, picture))
     if world.rank == 0:
-        errors = save_reconstructions(model, images, normalize, args, world, run.out / "reconstruction.png")
-        run.write(run.last, **errors)
-        free = "the true mean of each patch" if args.norm_pix else "the mean of the visible patches"
-        say(f"squared error on hidden pixels {errors['masked_mse']:.4f}, for {free} {errors['baseline_mse']:.4f}\n"
-            f"{run.out}/reconstruction.png\nnext:  python finetune.py --data {args.data} --init {run.out}/encoder.pth")
+        run.write(run.last, **save_reconstructions(model, images, args, world, run.out / "reconstruction.png"))
+        say(f"{run.out}/reconstruction.png: image | visible patches | with the predictions for the others | target")
+        say_next(args, f"{run.out}/encoder.pth")
 
 
 @torch.no_grad()
-def save_reconstructions(model: MaskedAutoencoder, images: Images, normalize: Callable, args: Namespace, world: World,
+def save_reconstructions(model: MaskedAutoencoder, images: Images, args: Namespace, world: World,
                          path: Path) -> dict[str, float]:
-    """Writes a picture of 8 training images, each as image | masked | reconstruction | the same with the visible
-    patches, and measures the squared error on the hidden pixels (0..1) of 64, with the same masks every time. The
-    baseline paints what a network gets for free: with norm_pix the true mean of each hidden patch, else the mean of the
-    image's visible patches."""
-    encoder, p = model.encoder, model.encoder.patch_size
+    """Measures the squared error on the hidden patches of 64 training images, with the same masks every time, and that
+    of painting each with the mean of its visible patches. Of eight it writes a picture: image | visible patches | with
+    the predictions for the others | target. Patches that are normalised are shown as grey + value / 5."""
+    encoder = model.encoder
     views = Views(images, CentreCrop(encoder.image_size), args.seed, numbers=encoder.patches)
     seen = [views[0, i] for i in np.linspace(0, len(images) - 1, 64).astype(int).tolist()]
     pixels = world.send(torch.stack([view for view, *_ in seen])).float() / 255         # B C h w
     noise = world.send(torch.stack([noise for _, noise, *_ in seen]))                   # B N
     with world.autocast():
-        painted, hidden = model.reconstruct(normalize(pixels), noise)
-    mean, std = (torch.tensor(value, device=world.device).view(-1, 1, 1) for value in (args.mean, args.std))
-    painted, visible = (painted * std + mean).clamp(0, 1), 1 - hidden
-    if args.norm_pix:
-        patches = patchify(pixels, p)
-        baseline = unpatchify(patch_statistics(patches)[0].expand_as(patches), p, encoder.grid)
-    else:
-        baseline = (pixels * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
-    rows = torch.stack([pixels, pixels * visible + 0.5 * hidden, painted, pixels * visible + painted * hidden], dim=1)
+        prediction, target, hidden = model.reconstruct(encoder.normalize(pixels), noise)
+    visible = 1 - hidden
+    constant = (target * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)  # B C 1 1
+    values = hidden.sum().item() * pixels.shape[1]
+    errors = {name: ((x - target).square() * hidden).sum().item() / values
+              for name, x in (("masked_mse", prediction), ("baseline_mse", constant))}
+    mean, std = (0.5, 0.2) if args.norm_pix else (encoder.mean, encoder.std)
+    prediction, target = ((x * std + mean).clamp(0, 1) for x in (prediction, target))
+    columns = [pixels, pixels * visible + 0.5 * hidden, target * visible + prediction * hidden, target]
+    tiles = torch.stack(columns, dim=1)[:8].flatten(0, 1)                               # 32 C h w
+    larger = -(-96 // min(encoder.image_size))  # small images would not be seen
+    tiles = tiles.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
     try:
         path.parent.mkdir(exist_ok=True)
-        save_image(make_grid(rows[:8].flatten(0, 1), nrow=8, padding=2, pad_value=1.0), path)
+        save_image(make_grid(tiles, nrow=8, padding=4, pad_value=1.0), path)
     except OSError as error:  # no reason to end a training
         say(f"warning: {path} cannot be written: {error}")
-    values = hidden.sum().item() * pixels.shape[1]
-    return dict(masked_mse=((painted - pixels).square() * hidden).sum().item() / values,
-                baseline_mse=((baseline - pixels).square() * hidden).sum().item() / values)
+    return errors
 
 
 if __name__ == "__main__":

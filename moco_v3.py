@@ -241,8 +241,8 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------- the recipe
-from vit import (Run, Views, World, common_options, count, launch, normalizer, open_images, parse, parts_of_batch,
-                 random_crop, say, share, start, vit_options, within)
+from vit import (Run, Views, World, common_options, count, launch, load_init, open_images, parse, parts_of_batch,
+                 random_crop, say, say_next, share, start, vit_options, within)
 
 RECIPES = {
     # MAE-Lite's ViT-Tiny (projects/mocov3/mocov3_exp.py); there the warmup starts at 1e-6, here at 0, and crops are
@@ -283,7 +283,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
 def build(args: Namespace) -> MoCo:
     """The model that the arguments describe, with weights drawn from --seed."""
     torch.manual_seed(args.seed)
-    encoder = start_weights(ViT(**vit_options(args)))
+    encoder = load_init(start_weights(ViT(**vit_options(args))), args)
     return MoCo(encoder, args.hidden, args.projection, args.temperature, args.freeze_patch)
 
 
@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     world = start(args)
     images = open_images(args)
     model = share_statistics(build(args), args, world).to(world.device)
-    encoder, normalize = model.base_encoder, normalizer(args.mean, args.std, world.device)
+    encoder = model.base_encoder
     # As in the official code, biases, norms and the class token decay, too; what gets no gradient stays as it is.
     groups = [dict(params=model.parameters(), lr_scale=1.0, weight_decay=args.weight_decay)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=args.device == "cuda")
@@ -333,15 +333,15 @@ def main(argv: list[str] | None = None) -> None:
             momentum = torch.full((), momentum_at((step - 1) / run.per_epoch, args.momentum, args.epochs),
                                   dtype=torch.float64, device=world.device)
             with world.autocast():
-                losses = wrapped(*map(normalize, pair), momentum)
+                losses = wrapped(*map(encoder.normalize, pair), momentum)
             scaler.scale(losses["loss"]).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             run.add(**losses, uniform_loss=uniform_loss, momentum=momentum)
     if world.rank == 0:
-        say(f"pairs of views: {run.out}/views.png\nnext:  python finetune.py --data {args.data} --init "
-            f"{run.out}/encoder.pth   (without fine-tuning: --protocol knn --pool cls, or linear)")
+        say(f"{run.out}/views.png: pairs of views")
+        say_next(args, f"{run.out}/encoder.pth")
 
 
 def save_pairs(pair: list[Tensor], path: Path) -> None:

@@ -23,7 +23,6 @@ Letters in shape comments: B images, C channels, h and w height and width in pix
        n kept patches, L = 1 + N or 1 + n tokens, D width, E decoder width, H heads, d = D / H
 """
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -236,8 +235,8 @@ def random_masking(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 
 # -------------------------------------------------------------------- the recipe
-from vit import (STEP, Run, Views, amount, common_options, count, launch, normalizer, open_images, parse, random_crop,
-                 say, share, start, torch_seed, vit_options)
+from vit import (STEP, Run, Views, amount, common_options, count, launch, load_init, open_images, parse, random_crop,
+                 say, say_next, share, start, torch_seed, vit_options)
 
 RECIPES = {
     # The authors' README and code (main_pretrain.py, engine_pretrain.py, models_tinymim.py); one for T, S and B.
@@ -259,7 +258,7 @@ RECIPES = {
 # last block has as many as the imitated one, and keeps them when it teaches (L -> B -> S -> T): this is our reading, as
 # the released classes disagree on that number.
 HEADS = {"tiny": 6, "small": 6, "base": 12}
-# Decoders of MAE-Lite for tiny and small (a large one only hurts a small encoder), MAE's for the rest.
+# Decoders of MAE-Lite for tiny and small, MAE's for the rest.
 DECODERS = {"demo": (64, 1, 2), "tiny": (96, 1, 3), "small": (192, 1, 6)}
 # What makes a teacher for each recipe.
 TEACHERS = {
@@ -289,26 +288,26 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return parse(parser, argv, RECIPES)
 
 
-def load_teacher(args: Namespace, device: torch.device) -> tuple[ViT, int, Callable[[Tensor], Tensor]]:
-    """The frozen teacher, the number of its block to imitate, and the normalisation that it was trained with. It
-    stays outside of the model, so neither optimizer nor checkpoint ever meets it."""
+def load_teacher(args: Namespace, device: torch.device) -> tuple[ViT, int]:
+    """The frozen teacher, and the number of its block to imitate. It stays outside of the model, so neither optimizer
+    nor checkpoint ever meets it."""
     if args.teacher is None:
         raise InputError(f"--teacher is needed, a pre-trained encoder: an official file of MAE, or make one by\n    "
                          f"{TEACHERS[args.recipe].format(data=args.data)}\nand give --teacher runs/teacher/encoder.pth")
     state, config = read_encoder(args.teacher, args.teacher_heads, "--teacher-heads")
-    theirs, ours, side, depth = config["patch_size"], args.patch_size, args.image_size, config["depth"]
-    if theirs != ours:
-        raise InputError(f"--teacher {args.teacher} cuts {side} pixels into {side // theirs} x {side // theirs} "
-                         f"patches of {theirs}, the student into {side // ours} x {side // ours} of {ours}, but "
-                         f"tokens are compared one by one: give --patch-size {theirs}")
+    theirs, depth = config["patch_size"], config["depth"]
+    if theirs != args.patch_size:
+        raise InputError(f"--teacher {args.teacher} cuts images into patches of {theirs} pixels, the student into ones "
+                         f"of {args.patch_size}, but tokens are compared one by one: give --patch-size {theirs}")
     number = args.teacher_block or (18 if depth == 24 else depth)
     if number > depth:
         raise InputError(f"--teacher-block {number}: {args.teacher} has blocks 1 to {depth}")
-    size = encoder_options(config, image_size=side, last_heads=args.teacher_last_heads or config["last_heads"])
+    last_heads = args.teacher_last_heads or config["last_heads"]
+    size = encoder_options(config, image_size=args.image_size, last_heads=last_heads)
     teacher = ViT(**size, drop_path=[args.teacher_drop_path if i < number else 0.0 for i in range(1, depth + 1)])
     load_encoder(teacher, state, config, fresh=() if {"output", "class"} & set(args.target) else ("norm.",))
     teacher.train(args.teacher_drop_path > 0)  # nothing but stochastic depth tells the modes apart
-    return teacher.to(device).requires_grad_(False), number, normalizer(config["mean"], config["std"], device)
+    return teacher.to(device).requires_grad_(False), number
 
 
 def build(args: Namespace, teacher: ViT, number: int) -> TinyMIM:
@@ -318,7 +317,7 @@ def build(args: Namespace, teacher: ViT, number: int) -> TinyMIM:
     size["heads"] = args.heads or HEADS.get(args.model, size["heads"])
     if set(args.target) & set(RELATIONS):
         size["last_heads"] = teacher.blocks[number - 1].attn.heads
-    encoder = ViT(**size, drop_path=[args.drop_path] * (size["depth"] - 1) + [0.0])
+    encoder = load_init(ViT(**size, drop_path=[args.drop_path] * (size["depth"] - 1) + [0.0]), args)
     if args.target == ["qk", "vv"] and args.softmax and not args.mask_ratio and not args.mim_weight:
         return TinyMIM(encoder)
     decoder = DECODERS.get(args.model, (512, 8, 16))
@@ -331,10 +330,10 @@ def build(args: Namespace, teacher: ViT, number: int) -> TinyMIM:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     world = start(args)
-    teacher, number, teacher_normalize = load_teacher(args, world.device)
+    teacher, number = load_teacher(args, world.device)
     images = open_images(args)
     model = build(args, teacher, number).to(world.device)
-    encoder, normalize = model.encoder, normalizer(args.mean, args.std, world.device)
+    encoder = model.encoder
     # As in the released code the class token decays like a matrix; learned positions do not.
     groups = param_groups(model, args.weight_decay, undecayed=("encoder.pos_embed",))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
@@ -358,8 +357,8 @@ def main(argv: list[str] | None = None) -> None:
                 with world.share_gradients(wrapped, now=part == run.parts):
                     with world.autocast():
                         with torch.no_grad():
-                            teacher_targets = observe(teacher, teacher_normalize(pixels), number, *noise)
-                        student_images = normalize(student_view(pixels, jitter, args.jitter))
+                            teacher_targets = observe(teacher, teacher.normalize(pixels), number, *noise)
+                        student_images = encoder.normalize(student_view(pixels, jitter, args.jitter))
                         losses = wrapped(student_images, teacher_targets, *noise)
                     scaler.scale(losses["loss"] / run.parts).backward()
                 run.add(**losses)
@@ -367,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
             scaler.update()
             optimizer.zero_grad()
     if world.rank == 0:
-        say(f"next:  python finetune.py --data {args.data} --init {run.out}/encoder.pth")
+        say_next(args, f"{run.out}/encoder.pth")
 
 
 if __name__ == "__main__":

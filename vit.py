@@ -10,11 +10,13 @@ Part 2 is what a training script needs around a method: processes, images, sched
 It knows nothing of any method, and part 1 knows nothing of it: cut the file there and part 1 works alone.
 
 Use    from vit import ViT, SIZES; model = ViT(**SIZES["tiny"], image_size=224, classes=1000)
+       vit = ViT.from_file("encoder.pth"); features = vit.features(vit.normalize(images))       images B 3 h w in 0..1
 Names of parameters are timm's, so files go both ways.
 Letters in shape comments: B images, C channels, N patches, n kept patches, L tokens (1 + N, or 1 + n), D width,
        H heads, d = D / H, h and w height and width in pixels
 """
 import math
+import warnings
 from argparse import Namespace
 
 import torch
@@ -118,7 +120,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer. `config` holds what is needed to build the same network again, in plain types.
+    """Vision Transformer. `ViT(**vit.config)` is the same network again; all in it are plain types.
 
     image_size   pixels, one number or (height, width); each a multiple of patch_size
     last_heads   heads of the last block where they differ (TinyMIM); None: as the others
@@ -126,13 +128,15 @@ class ViT(nn.Module):
     pool         "cls": class token after `norm`; "mean": `fc_norm` of the mean of the patches (MAE fine-tuning)
     classes      width of the linear head; 0: no head, `forward` gives features
     drop_path    rate of stochastic depth in the last block, growing linearly from 0; or one rate a block
+    mean, std    of the pixels, channel by channel: what `normalize` takes away and divides by
     Raises InputError where sizes do not fit each other.
     """
 
     def __init__(self, image_size: int | tuple[int, int] = 224, patch_size: int = 16, channels: int = 3,
                  width: int = 192, depth: int = 12, heads: int = 12, last_heads: int | None = None,
                  mlp_ratio: float = 4.0, act: str = "gelu", qkv_bias: bool = True, positions: str = "sincos",
-                 pool: str = "cls", classes: int = 0, drop_path: float | list[float] = 0.0):
+                 pool: str = "cls", classes: int = 0, drop_path: float | list[float] = 0.0,
+                 mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD):
         super().__init__()
         if positions not in ("sincos", "learned") or pool not in ("cls", "mean") or act not in ACTIVATIONS:
             raise InputError(f"positions {positions!r} (sincos, learned), pool {pool!r} (cls, mean) or act {act!r} "
@@ -142,7 +146,10 @@ class ViT(nn.Module):
             raise InputError(f"image size {h}x{w} is no multiple of the patch size {patch_size}: pixels would be lost")
         self.config = dict(image_size=[h, w], patch_size=patch_size, channels=channels, width=width,
                            depth=depth, heads=heads, last_heads=last_heads or heads, mlp_ratio=mlp_ratio, act=act,
-                           qkv_bias=qkv_bias, positions=positions, pool=pool, classes=classes)
+                           qkv_bias=qkv_bias, positions=positions, pool=pool, classes=classes, mean=list(mean),
+                           std=list(std))
+        for name, values in (("mean", mean), ("std", std)):  # on the device of the weights, but in no file
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
         self.image_size, self.patch_size, self.channels = (h, w), patch_size, channels
         self.grid = (h // patch_size, w // patch_size)                                  # rows, columns
         self.patches = self.grid[0] * self.grid[1]
@@ -164,6 +171,24 @@ class ViT(nn.Module):
         # The patch projection is a linear layer in disguise; its bias keeps the default of a convolution, as in MAE.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
+
+    @classmethod
+    def from_file(cls, path: str, heads: int | None = None, **changes) -> "ViT":
+        """The network of a file with its weights, in evaluation mode: an encoder, or with its head a classifier.
+
+        heads     where the file does not say, as official ones
+        changes   other values of the arguments, as image_size: positions are stretched
+        Raises InputError as `read_encoder` and `load_encoder`."""
+        state, config = read_encoder(path, heads, "heads=")
+        if "dist_token" in state:
+            raise InputError(f"{path}: a classifier with a distillation token: g2sd.load_trained builds it")
+        vit = cls(**{**config, **changes})
+        load_encoder(vit, state, config, fresh=("head.",) if "classes" in changes else ())
+        return vit.eval()
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Pixels as the network expects them, channel by channel: images B C h w in 0..1 -> the same shape."""
+        return (images - self.mean) / self.std
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Tokens that enter the first block: images B C h w -> B 1+N D; of the patches that `keep` B n numbers for each
@@ -262,8 +287,11 @@ def layer_of(name: str, depth: int) -> int:
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
 
-# What published files hold besides the encoder: decoders, projectors, distillation heads.
-NOT_ENCODER = ("mask_token", "decoder", "encoderfeature_pred.", "head.", "dist_token", "head_dist.")
+# What files hold besides the encoder: decoders, projectors, distillation heads; in ours, where the last block has heads
+# of its own, their number: a strict load by code that knows nothing of them fails by this name.
+NOT_ENCODER = ("mask_token", "decoder", "encoderfeature_pred.", "head.", "dist_token", "head_dist.", "last_heads")
+# All that the block has which D2-MAE's files hold beyond the encoder's last.
+QUERIES_AND_KEYS = {"norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias"}
 # Encoders in a file that are not the one to use: MoCo v3's momentum copy, the teacher in MAE-Lite's D-MAE files.
 OTHER_ENCODERS = ("momentum_encoder.", "tch_model.")
 
@@ -285,12 +313,15 @@ def weights_of(file: dict) -> dict:
     return next((file[key] for key in ("model", "state_dict") if isinstance(file, dict) and key in file), file)
 
 
-def read_encoder(path: str, heads: int | None = None, flag: str = "--heads") -> tuple[dict, dict]:
+def read_encoder(path: str, heads: int | None = None, flag: str = "--heads",
+                 other_heads: bool = False) -> tuple[dict, dict]:
     """(state dict in the names of ViT, config) of the one encoder in a file: ours, MAE, MAE-Lite, DeiT, MoCo v3,
     TinyMIM, G2SD or timm. Prefixes such as `module.`, `encoder.` or `base_encoder.` are taken off.
 
-    heads   for files without a config of ours, as weights do not show it; messages call it by the option `flag`
-    Raises InputError if there is no encoder, more than one, or if `heads` contradicts the file or is missing."""
+    heads         for files without a config of ours, as weights do not show it; messages call it by the option `flag`
+    other_heads   whether `heads` may be others than a config says; the config is as the file has it
+    Raises InputError if there is no encoder, more than one, one of another architecture, or if `heads` contradicts the
+    file or is missing. Warns where the heads are those that networks of this width usually have."""
     file = load_file(path)
     state = weights_of(file)
     names = [name for name in state if isinstance(name, str)] if isinstance(state, dict) else []
@@ -302,10 +333,25 @@ def read_encoder(path: str, heads: int | None = None, flag: str = "--heads") -> 
     state = {name.removeprefix(prefixes[0]): state[name] for name in names if name.startswith(prefixes[0])}
     config = file.get("config")
     if not isinstance(config, dict) or "heads" not in config:
+        state = official_encoder(state, path)
         return state, guess_config(state, heads, path, flag)
-    if heads not in (None, config["heads"]):
+    if heads not in (None, config["heads"]) and not other_heads:
         raise InputError(f"{flag} {heads}: {path} was trained with {config['heads']} heads")
     return state, dict(config)
+
+
+def official_encoder(state: dict, path: str) -> dict:
+    """Without the extra block of D2-MAE's files. Raises InputError, by name, for relatives of ViT that are none."""
+    if relative := [name for name in state if "relative_position" in name]:
+        raise InputError(f"{path}: a network with relative positions ({relative[0]}), which are not known here")
+    rows = state["pos_embed"].shape[1] if "pos_embed" in state else 1
+    if "dist_token" in state and math.isqrt(rows - 1) ** 2 != rows - 1:
+        raise InputError(f"{path}: a distilled DeiT: its second token, with {rows} positions, is not known here")
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    extra = [name for name in state if name.startswith(f"blocks.{depth - 1}.")]
+    if {name.removeprefix(f"blocks.{depth - 1}.") for name in extra} <= QUERIES_AND_KEYS:
+        return {name: value for name, value in state.items() if name not in extra}
+    return state
 
 
 def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
@@ -319,9 +365,13 @@ def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
     if heads is None and width not in (768, 1024, 1280):
         raise InputError(f"{path} does not say how many heads its {width}-wide network has; give {flag} "
                          "(width 192: 12 in MAE-Lite and MoCo v3, 3 in DeiT; width 384: 12 there, 6 in DeiT and G2SD)")
+    if heads is None:
+        heads = 12 if width == 768 else 16
+        warnings.warn(f"{path} does not say how many heads its network has: {heads} are taken, as networks {width} "
+                      f"wide usually have; {flag} changes it", stacklevel=3)
     return dict(image_size=[side * patch_size] * 2, patch_size=patch_size, channels=channels, width=width,
-                depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-                heads=heads or {768: 12}.get(width, 16), last_heads=heads or {768: 12}.get(width, 16),
+                depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")), heads=heads,
+                last_heads=int(state.get("last_heads", heads)),
                 mlp_ratio=hidden / width, act="gelu", qkv_bias="blocks.0.attn.qkv.bias" in state, positions="sincos",
                 pool="mean" if "fc_norm.weight" in state else "cls", mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD),
                 classes=len(state["head.weight"]) if "head.weight" in state else 0)
@@ -329,8 +379,7 @@ def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
 
 def encoder_options(config: dict, **changes) -> dict:
     """Arguments of ViT for the `config` of a file: an encoder without head, but for `changes`."""
-    kept = {name: value for name, value in config.items() if name not in ("mean", "std", "pool", "classes")}
-    return {**kept, **changes}
+    return {**{name: value for name, value in config.items() if name not in ("pool", "classes")}, **changes}
 
 
 def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = ("head.",)) -> list[str]:
@@ -367,9 +416,11 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
 # -> Batches (on the device, as floats) -> the loop. All that is random about it follows from (seed, epoch, image), the
 # order from (seed, epoch): neither interruptions nor the number of processes and workers change what is learned.
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
@@ -385,6 +436,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
@@ -406,6 +458,15 @@ def within(low: float, high: float = math.inf, kind: type = float) -> Callable[[
 share, amount, count = within(0, 1), within(0), within(1, kind=int)
 
 
+class Sides(argparse.Action):
+    """One number for both sides, or height and width."""
+
+    def __call__(self, parser, args, values, option=None):
+        if len(values) > 2:
+            parser.error(f"{option} {' '.join(map(str, values))}: expected one number, or height and width")
+        setattr(args, self.dest, [values[0], values[-1]])
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     """The docstring of a script as it stands, and behind each option its value in the recipe."""
 
@@ -422,6 +483,8 @@ def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentPar
         f"needed), a name of torchvision ({', '.join(TORCHVISION)}), or shapes: generated")
     add("--data-root", default="data", help="where torchvision keeps its data sets")
     add("--download", action="store_true", help="let torchvision download the data set")
+    add("--val-share", type=share, default=0.0, help="for a folder without val/: this share of each class is for "
+        "evaluation, by the names of the files; give it to every command")
     add("--recipe", choices=recipes, help="defaults; else demo for shapes, cifar for CIFAR, imagenet for the rest")
     add("--out", help="folder for checkpoints and log; else runs/<script>-<recipe>")
     add("--resume", nargs="?", const="", metavar="PATH", help="continue the run in --out, or that in a folder or file")
@@ -433,12 +496,14 @@ def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentPar
     add("--save-minutes", type=amount, default=10, help="minutes between checkpoints")
     add("--log-every", type=count, default=50, help="steps between records in log.jsonl")
     add = parser.add_argument_group("model").add_argument
+    add("--init", help="weights to start from, with their network: encoder.pth of any script, or an official file")
     add("--model", choices=SIZES, help="size of the network")
     add("--width", type=count, help="channels of a token, instead of the size's")
     add("--depth", type=count, help="blocks, instead of the size's")
     add("--heads", type=count, help="attention heads, instead of the size's")
     add("--mlp-ratio", type=within(1e-6, 1e6), help="hidden width of the MLPs / width, instead of the size's")
-    add("--image-size", type=count, help="side of the square input in pixels")
+    add("--image-size", type=count, nargs="+", action=Sides, metavar="PIXELS",
+        help="of the input: one number, or height and width")
     add("--patch-size", type=count, help="side of a patch in pixels")
     add("--act", choices=ACTIVATIONS, help="activation in the MLPs")
     add("--qkv-bias", action=argparse.BooleanOptionalAction, help="biases in front of queries, keys and values")
@@ -467,17 +532,59 @@ def on_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipes: dict[str, dict],
           choose: Callable[[Namespace], str] = default_recipe) -> Namespace:
     """The command line; what is not on it has its value in the recipe, which `choose` names by what is on it."""
-    recipe = choose(on_command_line(parser, argv))
+    given = on_command_line(parser, argv)
+    recipe = choose(given)
     parser.set_defaults(**recipes[recipe])
+    if given.init is not None:
+        take_over(parser, given, read_encoder(given.init, given.heads)[1])
+    return complete(parser, argv, recipe)
+
+
+def take_over(parser: argparse.ArgumentParser, given: Namespace, config: dict) -> None:
+    """Makes the network of --init the default, and what it was trained to see. Raises InputError if a flag contradicts
+    the file."""
+    if given.model is not None and SIZES[given.model]["width"] != config["width"]:
+        raise InputError(f"--model {given.model}: the network in --init is {config['width']} wide")
+    for name in ("width", "depth", "heads", "mlp_ratio", "patch_size", "act", "qkv_bias", "positions"):
+        if getattr(given, name) not in (None, config[name]):
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {getattr(given, name)}: the network in --init has {config[name]}")
+        parser.set_defaults(**{name: config[name]})
+    parser.set_defaults(**{name: config[name] for name in ("image_size", "mean", "std")})
+    parser.set_defaults(**{"model": name for name, size in SIZES.items() if size["width"] == config["width"]})
+
+
+def complete(parser: argparse.ArgumentParser, argv: list[str] | None, recipe: str) -> Namespace:
+    """The command line with the parser's defaults, which are those of this recipe."""
     args = parser.parse_args(argv)
     args.recipe = recipe
+    args.image_size = [args.image_size] * 2 if isinstance(args.image_size, int) else args.image_size
     return args
 
 
 def vit_options(args: Namespace) -> dict:
     """Arguments of ViT: those of --model, but for the flags and the recipe that change a part of it."""
-    names = ("width", "depth", "heads", "mlp_ratio", "image_size", "patch_size", "act", "qkv_bias", "positions")
+    names = ("width", "depth", "heads", "mlp_ratio", "image_size", "patch_size", "act", "qkv_bias", "positions",
+             "mean", "std")
     return {**SIZES[args.model], **{name: getattr(args, name) for name in names if getattr(args, name) is not None}}
+
+
+def load_init(encoder: ViT, args: Namespace) -> ViT:
+    """The encoder itself, with the weights of --init where it is given."""
+    if args.init is not None:
+        load_encoder(encoder, *read_encoder(args.init, args.heads))
+    return encoder
+
+
+def say_next(args: Namespace, encoder: str) -> None:
+    """The command that comes after pre-training, quoted for a shell; what else to do where there are no labels."""
+    words = ["python", "finetune.py", "--init", encoder, "--data", args.data]
+    usual = dict(data_root="data", val_share=0.0, recipe=default_recipe(Namespace(recipe=None, data=args.data)))
+    for name, value in usual.items():
+        words += [f"--{name.replace('_', '-')}", str(getattr(args, name))] * (getattr(args, name) != value)
+    if args.data == "shapes" or args.data in TORCHVISION or args.val_share or os.path.isdir(f"{args.data}/val"):
+        return say(f"next:  {shlex.join(words)}")
+    say(f"next:  ViT.from_file({encoder!r}).features(images), as in README.md; or finetune.py, with labelled images")
 
 
 # ---- processes
@@ -509,7 +616,7 @@ class World:
     def wrap(self, model: nn.Module, compiled: bool) -> nn.Module:
         """What to call in training. Parameters and checkpoints are those of `model` itself."""
         model = torch.compile(model) if compiled else model
-        return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if self.size > 1 else model
 
     def share_gradients(self, wrapped: nn.Module, now: bool):
         """Context of forward and backward pass: processes average their gradients only in the last part of a batch."""
@@ -549,9 +656,9 @@ def start(args: Namespace) -> World:
 
 
 def say(text: str) -> None:
-    """To stderr, if anyone still reads it: a closed pipe must not end a training."""
+    """To stderr, above a progress bar, if anyone still reads it: a closed pipe must not end a training."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        tqdm.write(text, file=sys.stderr)
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -563,11 +670,13 @@ def launch(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # an error of all processes is reported by the first; torchrun ends the others
         say(f"{Path(sys.argv[0]).name}: {error}")
+        get_error_handler().record_exception(error)  # so that it stands in torchrun's report, too
         status = 2
     except (KeyboardInterrupt, SystemExit) as end:
         status = getattr(end, "code", 128 + signal.SIGINT) or 0
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        get_error_handler().record_exception(error)
         status = 1
     end_processes(multiprocessing.active_children())
     if status:  # leave at once: other processes may be inside a collective, from which only torchrun can end them
@@ -664,18 +773,26 @@ def open_images(args: Namespace, split: str = "train", labels: bool = False) -> 
     if args.data == "shapes":
         return shapes(20000, seed=0) if split == "train" else shapes(2000, seed=1)
     known = args.data in TORCHVISION
-    images = open_torchvision(args, split, labels) if known else open_folder(args.data, split, labels)
+    if known and args.val_share:
+        raise InputError(f"--val-share is for folders: {args.data} has images for evaluation")
+    images = open_torchvision(args, split, labels) if known else open_folder(args.data, split, labels, args.val_share)
     # A crop of 1/16 of the area, about the smallest of all recipes, still has the pixels of the input.
     return replace(images, enough=4 * int(np.max(args.image_size)))
 
 
-def open_folder(data: str, split: str, labels: bool) -> Images:
-    """Images below data/split (or, for unlabelled training, anywhere below data), in sorted order. Classes are the
-    folders of data/train, whatever the split; hidden files and folders are passed over."""
-    root, train = os.path.join(data, split), os.path.join(data, "train")
-    if not labels and split == "train" and not os.path.isdir(root):
-        root = data
+def open_folder(data: str, split: str, labels: bool, val_share: float = 0.0) -> Images:
+    """Images below data/split, in sorted order; for unlabelled training, or with val_share, anywhere below data if it
+    has no train/. Classes are the folders of train/, whatever the split; hidden files and folders are passed over."""
+    train, held_back = os.path.join(data, "train"), val_share > 0
+    if held_back and os.path.isdir(os.path.join(data, "val")):
+        raise InputError(f"--val-share: {data} has val/, images for evaluation, already")
+    if not os.path.isdir(train) and (held_back or not labels):
+        train = data
+    root = train if held_back or split == "train" else os.path.join(data, split)
     names, classes, ids = sorted(find_images(root)), None, None
+    if held_back:
+        chosen = for_evaluation(names, val_share)
+        names = [name for name in names if (name in chosen) == (split == "val")]
     if labels:
         names = [name for name in names if "/" in name]
         folders = [name.split("/")[0] for name in names]
@@ -691,6 +808,14 @@ def open_folder(data: str, split: str, labels: bool) -> Images:
     return Images(np.array([os.fsencode(name) for name in names]), ids, classes, root)
 
 
+def for_evaluation(names: list[str], share: float) -> set[str]:
+    """This share of the images of every class, at least one of two or more: which, follows from their names alone."""
+    classes: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: hashlib.sha1(os.fsencode(name)).digest()):
+        classes.setdefault(os.path.dirname(name).split("/")[0], []).append(name)
+    return {name for some in classes.values() for name in some[:min(max(1, round(share * len(some))), len(some) - 1)]}
+
+
 def find_images(root: str) -> Iterator[str]:
     """Names of the images below a folder, relative to it."""
     for where, folders, files in os.walk(root, onerror=refuse_folder, followlinks=True):
@@ -700,8 +825,9 @@ def find_images(root: str) -> Iterator[str]:
 
 
 def refuse_folder(error: OSError) -> None:  # one that is not there, not allowed, or links that lead in a circle
-    raise InputError(f"--data: {error.filename}: {error.strerror}; expected a folder with <split>/<class>/<image>, or "
-                     f"one of {', '.join(TORCHVISION)}, shapes")
+    raise InputError(f"--data: {error.filename}: {error.strerror}; expected a folder with train/<class>/<image> and "
+                     "val/, or with <class>/<image> and --val-share 0.1 (without labels any folder of images), or one "
+                     f"of {', '.join(TORCHVISION)}, shapes")
 
 
 def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
@@ -713,7 +839,8 @@ def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
     try:
         parts = [getattr(datasets, name)(args.data_root, download=args.download, **options) for options in chosen]
     except (RuntimeError, OSError) as error:
-        raise InputError(f"--data {args.data}: not in {args.data_root} ({error}); --download fetches it") from None
+        what = "the download failed" if args.download else f"not in {args.data_root}; --download fetches it"
+        raise InputError(f"--data {args.data}: {what} ({error})") from None
     if hasattr(parts[0], "data"):  # CIFAR, STL10: one part, already an array, M h w 3 or M 3 h w
         items, ids = parts[0].data, parts[0].targets if hasattr(parts[0], "targets") else parts[0].labels
         items = items.transpose(0, 2, 3, 1) if items.shape[1] == 3 else items
@@ -874,12 +1001,6 @@ def parts_of_batch(args: Namespace, world: World) -> int:
     return parts
 
 
-def normalizer(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Function (x - mean) / std of images B C h w, channel by channel."""
-    mean, std = (torch.tensor(value, device=device).view(-1, 1, 1) for value in (mean, std))
-    return lambda images: (images - mean) / std
-
-
 # ---- a run: schedule, checkpoints, log
 
 # What may differ between a run and its continuation: nothing that changes what is learned. Another --data means the
@@ -928,9 +1049,11 @@ class Run:
         self.scaler = torch.amp.GradScaler(args.device, enabled=world.precision == "fp16")
         self.parts, self.per_epoch = parts_of_batch(args, world), len(images) // args.batch_size
         self.first, self.last, self.lr = 0, round(args.epochs * self.per_epoch), args.blr * args.batch_size / 256
-        self.sums, self.signal = {}, 0
+        self.sums, self.signal, self.classes = {}, 0, images.classes
         args.images = len(images)  # noted, so that a run is not continued on others
         self.resume()
+        if self.main:
+            self.introduce()
         mine = torch.tensor([self.first, args.images], device=world.device)
         if world.size > 1 and not torch.equal(world.sum(mine.clone()), world.size * mine):
             raise InputError("processes see different checkpoints or images: --out and --data must be the same for all")
@@ -951,14 +1074,34 @@ class Run:
         file = load_file(str(path))
         if not isinstance(file, dict) or file.get("method") != self.method:
             raise InputError(f"--resume: {path} is no checkpoint of {self.method}.py")
-        if changed := [f"{name} {file['args'].get(name)} -> {value}" for name, value in vars(args).items()
-                       if name not in FREE_ON_RESUME and file["args"].get(name) != value]:
-            raise InputError(f"--resume: settings differ from the run's: {', '.join(changed)}")
+        if changed := {name: f"{name} {file['args'].get(name)} -> {value}" for name, value in vars(args).items()
+                       if name not in FREE_ON_RESUME and file["args"].get(name) != value}:
+            longer = "epochs" in changed and file["step"] == round(file["args"]["epochs"] * self.per_epoch)
+            raise InputError(f"--resume: settings differ from the run's: {', '.join(changed.values())}" + longer * (
+                f". It has ended, and its learning rate with it: start another run from what it learned, by --init "
+                f"{self.handed_on()} and another --out"))
         for group in file["optimizer"]["param_groups"]:  # of this device, not of the file's
             group["fused"] = self.optimizer.param_groups[0].get("fused")
         for name in ("model", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(file[name])
         self.first = file["step"]
+
+    def handed_on(self) -> Path:
+        """The file of the network alone."""
+        return self.out / ("model.pth" if self.network.config["classes"] else "encoder.pth")
+
+    def introduce(self) -> None:
+        """The first line of a run; and a warning, where its learning rate never gets to its peak."""
+        args, c = self.args, self.network.config
+        size, blocks = sum(x.numel() for x in self.weights().values()) / 1e6, f"{c['depth']} blocks, {c['heads']} heads"
+        say(f"{self.method}, recipe {args.recipe}: ViT {c['width']} wide, {blocks}, {size:.3g} M parameters, "
+            f"{c['image_size'][0]} x {c['image_size'][1]} pixels, patches of {c['patch_size']}; {args.images} images, "
+            f"{args.epochs:g} epochs ({args.warmup_epochs:g} of warm-up), {self.last} steps of {args.batch_size}, "
+            f"learning rate {self.lr:.3g}, {self.world.precision} on {self.world.size} x {args.device} -> {self.out}"
+            + f", resumed at step {self.first}" * (self.first > 0))
+        if 0 < args.epochs <= args.warmup_epochs:
+            say("warning: the run ends while the learning rate still rises: give --warmup-epochs "
+                f"{args.epochs / 10:g}, or more --epochs than {args.warmup_epochs:g}")
 
     def open_log(self) -> None:
         """Makes the folder, args.json, and log.jsonl without what an interrupted run wrote after its checkpoint."""
@@ -970,9 +1113,6 @@ class Run:
             log.write_text("".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.first))
         except OSError as error:
             raise InputError(f"--out {self.out} cannot be written: {error}") from None
-        say(f"{self.method}, recipe {args.recipe}: {args.images} images, {self.last} steps of {args.batch_size}, "
-            f"learning rate {self.lr:.3g}, {self.world.precision} on {self.world.size} x {args.device} -> {self.out}"
-            + f", resumed at step {self.first}" * (self.first > 0))
 
     def batches(self, views: Views) -> Batches:
         order = in_random_order(len(views.images), self.args, self.world, self.first, self.last)
@@ -984,8 +1124,9 @@ class Run:
         if self.main:
             self.open_log()
         handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=self.last, initial=self.first, unit="step", dynamic_ncols=True,
-                        disable=not self.main or not sys.stderr.isatty())
+        self.bar = tqdm(total=self.last, initial=self.first, dynamic_ncols=True,
+                        disable=not self.main or not sys.stderr.isatty(),
+                        bar_format="{percentage:3.0f}%|{bar}| {n}/{total} [{remaining} left{postfix}]")
         self.source, self.told, self.look_at = batches, self.first, self.first + 1
         self.told_when = self.saved_when = time.monotonic()
         try:
@@ -1037,7 +1178,8 @@ class Run:
                          waiting=round(batches.waited / seconds, 3), eta_s=round((self.last - step) * seconds / steps))
             if args.device == "cuda":
                 speed["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            self.write(step, epoch=round(step / self.per_epoch, 4), **losses, lr=self.rate, **speed)
+            self.bar.set_postfix_str(f"loss {losses['loss']:.4g}, {speed['images_per_s']:.0f} images/s", refresh=False)
+            self.write(step, on_bar=True, epoch=round(step / self.per_epoch, 4), **losses, lr=self.rate, **speed)
             self.sums, self.told, self.told_when, batches.waited = {}, step, now, 0.0
         if stop or save:
             self.save(step)
@@ -1048,22 +1190,24 @@ class Run:
                 say("stopped by a signal and saved; --resume continues")
             raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
-    def write(self, step: int, **values: float) -> None:
-        """One more line in log.jsonl, in strict JSON (null for what is not finite), and on the screen."""
+    def write(self, step: int, on_bar: bool = False, **values: float) -> None:
+        """One more line in log.jsonl, in strict JSON (null for what is not finite), and on the screen, unless a bar
+        shows it."""
         if self.main:
             record = dict(step=step) | {name: x if math.isfinite(x) else None for name, x in values.items()}
-            told = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             try:
                 with open(self.out / "log.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
             except OSError as error:  # a lost line is no reason to lose the training
                 say(f"warning: {self.out}/log.jsonl: {error}")
-            self.bar.set_postfix_str(told) if not self.bar.disable else say(f"step {step}/{self.last}  {told}")
+            if self.bar.disable or not on_bar:
+                told = [f"{name} {x:.4g}" if name != "eta_s" else f"eta {x // 3600} h {x % 3600 // 60:02} min"
+                        for name, x in values.items()]
+                say(f"step {step}/{self.last}  {'  '.join(told)}")
 
     def save(self, step: int) -> None:
         """last.pth and the network that is handed on. Raises InputError in all processes if weights are not finite."""
-        state, args = self.model.state_dict(), self.args
-        config = dict(self.network.config, mean=list(args.mean), std=list(args.std))
+        state, args, config = self.model.state_dict(), self.args, self.network.config
         if broken := [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]:
             raise InputError(f"step {step}: {broken[0]} and {len(broken) - 1} more are not finite; nothing was saved")
         self.saved_when = time.monotonic()
@@ -1071,10 +1215,16 @@ class Run:
             write_file(dict(method=self.method, step=step, args=vars(args), config=config, model=state,
                             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict()),
                        self.out / "last.pth")
-            weights = {name: x for name, x in self.network.state_dict().items()
-                       if config["classes"] or not name.startswith("head.")}  # in training a projector may stand there
-            file = "model.pth" if config["classes"] else "encoder.pth"
-            write_file(dict(model=weights, config=config), self.out / file)
+            write_file(dict(model=self.weights(), config=config, classes=self.classes if config["classes"] else None),
+                       self.handed_on())
+
+    def weights(self) -> dict:
+        """Those that are handed on; with the number of heads of the last block, where it has others."""
+        config, marks = self.network.config, {}
+        if config["last_heads"] != config["heads"]:
+            marks["last_heads"] = torch.tensor(config["last_heads"])
+        return {name: x for name, x in self.network.state_dict().items()
+                if config["classes"] or not name.startswith("head.")} | marks  # in training a projector may stand there
 
 
 # ---- labels: augmentation and evaluation
@@ -1152,33 +1302,46 @@ def balanced(images: Images, total: int, seed: int) -> Images:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images, view: Callable[[Tensor], Tensor], normalize: Callable[[Tensor], Tensor],
-             args: Namespace, world: World) -> dict[str, float]:
+def evaluate(model: ViT, images: Images, view: Callable[[Tensor], Tensor], args: Namespace, world: World,
+             by_class: bool = False) -> dict[str, float]:
     """Top-1 and top-5 accuracy in % and mean cross-entropy; each image counts once on any number of processes.
+    by_class: also the top-1 accuracy of every class that has images, under its name.
     The model is back in training mode after it."""
     model.eval()
     if world.size > 1:  # BatchNorm's statistics are those of each process's rows: judge the ones that are saved
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    totals, total = torch.zeros(3, dtype=torch.float64, device=world.device), len(images)
+    totals, total = torch.zeros(3 + len(images.classes), dtype=torch.float64, device=world.device), len(images)
     with in_order(Views(images, view), args, world) as batches:
         for pixels, _, index in batches:
             labels = world.send(torch.from_numpy(images.labels[index]))
             with world.autocast():
-                logits = model(normalize(pixels))
+                logits = model(model.normalize(pixels))
             logits = logits.float()
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            totals += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum")])
+            totals[:3] += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum")])
+            totals[3:].index_add_(0, labels, hits[:, 0].double())
     model.train()
-    top1, top5, loss = world.sum(totals).tolist()
-    return dict(top1=100 * top1 / total, top5=100 * top5 / total, val_loss=loss / total, val_images=total)
+    top1, top5, loss, *right = world.sum(totals).tolist()
+    result = dict(top1=100 * top1 / total, top5=100 * top5 / total, val_loss=loss / total, val_images=total)
+    if by_class:
+        of_class = np.bincount(images.labels, minlength=len(right)).tolist()
+        result |= {f"top1 of {name} ({n} images)": 100 * hits / n
+                   for name, hits, n in zip(images.classes, right, of_class, strict=True) if n}
+    return result
 
 
 def print_result(result: dict[str, float], world: World) -> None:
-    """The one line on stdout: what `evaluate` found."""
+    """What `evaluate` found: one line, and one more for each class that is told apart."""
+    told = [f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}"
+            for name, value in result.items()]
     if world.rank == 0:
-        try:
-            print("  ".join(f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}"
-                            for name, value in result.items()), flush=True)
-        except BrokenPipeError:  # it went to a program that has ended, such as head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print_out("  ".join(text for text in told if " of " not in text), *(text for text in told if " of " in text))
+
+
+def print_out(*lines: str) -> None:
+    """On stdout, where results go and nothing else."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:  # it went to a program that has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -107,7 +107,7 @@ def main() -> None:
             for i in range(50):  # smooth images of ImageNet's usual size
                 small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
                 small.resize((500, 375), Image.Resampling.BICUBIC).save(f"{folder}/{i}.jpg", quality=90)
-        files = open_images(argparse.Namespace(data=args.data or folder, image_size=224))
+        files = open_images(argparse.Namespace(data=args.data or folder, image_size=224, val_share=0.0))
         some = np.linspace(0, len(files) - 1, min(len(files), 100)).astype(int)
         input_pipeline(files.subset(some), 224, 0.2, f"from {args.data or 'generated JPEGs'}")
 

@@ -28,7 +28,7 @@ def smooth(width: int, height: int) -> Image.Image:
 
 
 def arguments(**changes) -> argparse.Namespace:
-    return argparse.Namespace(**{**dict(data="", seed=0, batch_size=8, micro_batch=8, workers=0, device="cpu", image_size=32), **changes})
+    return argparse.Namespace(**{**dict(data="", seed=0, batch_size=8, micro_batch=8, workers=0, device="cpu", image_size=32, val_share=0.0), **changes})
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_what_is_missing_is_named(tmp_path):
         open_folder(str(tmp_path / "nothing"), "train", False)
     with pytest.raises(InputError, match="no images .*jpg"):
         open_folder(str(tmp_path), "train", False)
-    with pytest.raises(InputError, match="val.*expected a folder with <split>/<class>/<image>"):
+    with pytest.raises(InputError, match="val.*expected a folder with train/<class>/<image>"):
         open_folder(str(tmp_path), "val", True)
     picture().save(tmp_path / "0.png")
     (tmp_path / "train").mkdir()
@@ -320,10 +320,13 @@ def test_a_part_of_one_image_has_the_label_of_this_image(workers):
     images, world = shapes(17, 0), ONE  # parts of 8, 8 and 1
 
     class Right(torch.nn.Module):
+        def normalize(self, x):
+            return x
+
         def forward(self, x):
             return next(answers)
     answers = (torch.nn.functional.one_hot(torch.from_numpy(labels), 10) * 9.0 for labels in np.split(images.labels, [8, 16]))
-    result = vit.evaluate(Right(), images, CentreCrop((32, 32)), lambda x: x, arguments(workers=workers, precision="fp32"), world)
+    result = vit.evaluate(Right(), images, CentreCrop((32, 32)), arguments(workers=workers, precision="fp32"), world)
     assert result["top1"] == 100 and result["val_images"] == 17
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import finetune
 import vit
-from finetune import LARS, RECIPES, build, knn_hits, main, parse_args, probe_head, reused
+from finetune import LARS, RECIPES, build, knn_hits, main, parse_args, probe_head
 from tests.reference import assert_meets, build_classifier, evaluate, images
 from vit import SIZES, InputError, RandAugment, ViT, balanced, cosine, mixing, operation, param_groups, random_erasing, shapes
 
@@ -162,12 +162,6 @@ def test_balanced_labels():
     assert not np.array_equal(chosen.items, other.items)
 
 
-def test_reuse_keeps_the_first_blocks_and_the_embeddings():
-    names = ["cls_token", "blocks.0.norm1.bias", "blocks.1.norm1.bias", "blocks.11.norm1.bias", "norm.bias"]
-    assert [name for name in names if reused(name, 1)] == ["cls_token", "blocks.0.norm1.bias", "norm.bias"]
-    assert [name for name in names if reused(name, None)] == names
-
-
 def arguments(words: str = ""):
     """As on the command line, with a file of `source`'s network."""
     torch.save(dict(model=source()[0], config=source()[1]), "encoder.pth")
@@ -176,25 +170,27 @@ def arguments(words: str = ""):
 
 def source() -> tuple[dict, dict]:
     torch.manual_seed(3)
-    vit = ViT(image_size=16, patch_size=4, width=16, depth=3, heads=4, last_heads=2)
-    return vit.state_dict(), dict(vit.config, mean=[0.5] * 3, std=[0.5] * 3)
+    vit = ViT(image_size=16, patch_size=4, width=16, depth=3, heads=4, last_heads=2, mean=(0.5,) * 3, std=(0.5,) * 3)
+    nn.init.normal_(vit.blocks[0].mlp.fc1.bias), nn.init.normal_(vit.blocks[2].mlp.fc1.bias)  # as if it had been trained
+    return vit.state_dict(), vit.config
 
 
 def test_a_fine_tuned_network_starts_from_the_file_with_a_faint_head_and_one_number_of_heads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = source()[0]
-    model, fresh = build(*arguments("--reuse 2"), 5)
+    model, changes = build(*arguments("--reuse 2"), 5)
     assert {block.attn.heads for block in model.blocks} == {4}
     assert model.pos_embed.requires_grad and model.head.weight.abs().max() < 2e-4
     assert torch.equal(model.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
     assert not torch.equal(model.blocks[2].attn.qkv.weight, state["blocks.2.attn.qkv.weight"])
-    assert any(name.startswith("blocks.2.") for name in fresh) and not any(name.startswith("blocks.1.") for name in fresh)
+    assert model.blocks[2].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)  # as from scratch
+    assert changes == ["new blocks from 3 on", "new fc_norm", "new head"]
 
 
 def test_frozen_features_are_the_files_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state, config = source()
-    original = ViT(**{k: v for k, v in config.items() if k not in ("mean", "std")})
+    original = ViT(**config)
     original.load_state_dict(state)
     x = torch.randn(2, 3, 16, 16)
     for pool in ("cls", "mean"):
@@ -235,11 +231,12 @@ def test_what_the_file_says_is_a_default_and_a_flag_that_contradicts_it_is_an_er
     monkeypatch.chdir(tmp_path)
     args, (_, config) = arguments()
     assert (args.image_size, args.mean, args.recipe, args.centre) == ([16, 16], [0.5] * 3, "demo", 1.0)
-    assert arguments("--image-size 32")[0].image_size == 32 and arguments("--layer-decay 0.5")[0].layer_decay == 0.5
+    assert arguments("--image-size 32")[0].image_size == [32, 32] and arguments("--image-size 8 16")[0].image_size == [8, 16]
+    assert arguments("--layer-decay 0.5")[0].layer_decay == 0.5
     assert arguments("--data d --image-size 224")[0].centre == 0.875 and arguments("--data d --image-size 384")[0].centre == 1.0
     assert parse_args([])[0].layer_decay == 1.0  # from scratch
     assert arguments("--protocol linear --recipe demo")[0].recipe == "demo-linear"  # as it is named in --out and on resume
-    for words, match in (("--width 32", "has 16"), ("--model tiny", "is 16 wide"), ("--heads 2", "trained with 4 heads")):
+    for words, match in (("--width 32", "has 16"), ("--model tiny", "is 16 wide"), ("--heads 2 --protocol knn", "trained with 4 heads")):
         with pytest.raises(InputError, match=match):
             arguments(words)
     assert {size["width"] for size in SIZES.values()} >= {width for _, width in finetune.CHOICES}

@@ -73,7 +73,7 @@ def test_part_1_of_vit_stands_alone(tmp_path):
     part = text[:text.index(RULER + "part 2")]
     imported = {(node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
                 for node in ast.walk(ast.parse(part)) if isinstance(node, (ast.Import, ast.ImportFrom))}
-    assert imported <= {"argparse", "math", "torch", "torch.nn.functional", "torchvision.ops"}
+    assert imported <= {"argparse", "math", "warnings", "torch", "torch.nn.functional", "torchvision.ops"}
     (tmp_path / "vit.py").write_text(part)
     code = ("import torch, vit; m = vit.ViT(image_size=(8, 12), patch_size=4, width=16, depth=2, heads=2, classes=3); "
             "print(m(torch.zeros(2, 3, 8, 12)).shape)")
@@ -95,7 +95,7 @@ def test_nothing_but_the_start_of_a_program_and_run_writes_to_args():
         for outer in ast.parse(path.read_text()).body:
             written = [node for node in ast.walk(outer) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
                        and isinstance(node.value, ast.Name) and node.value.id == "args"]
-            assert not written or outer.name in ("parse", "parse_args", "start", "Run"), f"{path.name}:{written[0].lineno}"
+            assert not written or outer.name in ("complete", "parse_args", "start", "Run"), f"{path.name}:{written[0].lineno}"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -112,5 +112,5 @@ def test_every_recipe_sets_only_options_that_exist_and_every_option_has_a_help_t
         with pytest.raises(SystemExit):
             script.parse_args([*stage, "--recipe", recipe, "--help"])
         actions = {action.dest: action for action in parsers[-1]._actions}
-        assert set(values) <= set(actions) | {"mean", "std"}, f"{path.name}, recipe {recipe}"
+        assert set(values) <= set(actions) | {"mean", "std", "decoder_config"}, f"{path.name}, recipe {recipe}"
         assert all(action.help for action in actions.values())

@@ -137,13 +137,27 @@ def test_patches_are_put_back_where_they_were_also_on_oblong_images():
     assert torch.equal(patches[0, 4].view(4, 4, 5), x[0, :, 4:8, 4:8].permute(1, 2, 0))  # second row, second column
 
 
-def test_pictures_get_the_true_statistics_back():
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_pictures_show_what_was_predicted_beside_what_was_to_be(norm_pix):
     model, x, noise = small(), torch.rand(2, 3, 8, 16), torch.rand(2, 8)
-    mean, std = mae.patch_statistics(patchify(x, 4))
-    model.predict = lambda z, restore: (patchify(x, 4) - mean) / std  # a perfect prediction of normalised pixels
-    painted, hidden = model.reconstruct(x, noise)
-    torch.testing.assert_close(painted, x)
+    model.norm_pix = norm_pix
+    mean, std = mae.patch_statistics(patchify(x, 4)) if norm_pix else (0, 1)
+    model.predict = lambda z, restore: (patchify(x, 4) - mean) / std  # a perfect prediction
+    prediction, target, hidden = model.reconstruct(x, noise)
+    torch.testing.assert_close(prediction, target)
+    torch.testing.assert_close(patchify(target, 4) * std + mean, patchify(x, 4))
     assert hidden.mean() == 0.5
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_the_picture_of_an_untrained_network_tells_nothing_of_hidden_patches(norm_pix):
+    """Neither do the colours of hidden patches reach it, nor is the picture like the image."""
+    model, x, noise = small(norm_pix=norm_pix), torch.rand(64, 3, 8, 16), torch.rand(64, 8)
+    prediction, _, hidden = model.reconstruct(x, noise)
+    other, _, _ = model.reconstruct(torch.where(hidden > 0, 1 - x, x), noise)
+    assert torch.equal(prediction, other)
+    pairs = torch.stack([(some - some.mean())[hidden.expand_as(x) > 0] for some in (prediction, x)])
+    assert abs(torch.corrcoef(pairs)[0, 1]) < 0.05
 
 
 def test_every_parameter_learns():
