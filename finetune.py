@@ -205,7 +205,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | N
     weights = None if given.init is None else read_encoder(given.init, given.heads, other_heads=trained)
     recipe = choose_recipe(given, SIZES[given.model or "tiny"]["width"] if weights is None else weights[1]["width"])
     parser.set_defaults(**RECIPES[recipe])
-    if weights is None:  # the lower layers have nothing to protect, and positions are learned from the start
+    if weights is None:  # as DeiT and timm. Which layer decay MAE-Lite's own 75.8 % had is not documented
         parser.set_defaults(layer_decay=1.0, positions="learned")
     else:
         if "dist_token" in weights[0]:

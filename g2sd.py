@@ -1,6 +1,7 @@
 """Generic-to-specific distillation (G2SD): a small ViT imitates a large MAE, without labels, then a large classifier.
 
-Huang et al., arXiv 2302.14771; what the paper leaves open follows the authors' code (pengzhiliang/G2SD).
+Huang et al., arXiv 2302.14771; of the paper we know the abstract and the two losses, all else is from the authors' code
+(pengzhiliang/G2SD).
 
     generic    both see the same random 25 % of the patches; no labels
                target = LayerNorm(state of the teacher's decoder after its block 4 of 8), no scale and shift
@@ -97,7 +98,7 @@ class GenericStudent(MaskedViT):
         if tokens not in ("all", "masked", "visible"):
             raise InputError(f"tokens {tokens!r} is unknown; there are all, masked, visible")
         self.tokens = tokens
-        # The paper's figure shows no layers in between; the authors' code has these, discarded with the decoder.
+        # As in the authors' code; discarded with the decoder.
         self.predictor = nn.Sequential(nn.Linear(decoder[0], teacher_width), nn.GELU(),
                                        nn.Linear(teacher_width, teacher_width)).apply(init_linear)
 
@@ -261,7 +262,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, MaskedViT | tuple[dic
     check_stage(args)
     if args.stage == "generic":
         loaded, config, args.mask_ratio = load_mae(args)
-        args.layer = args.layer or max(1, len(loaded.decoder_blocks) // 2)  # 4 of 8 in the paper
+        args.layer = args.layer or max(1, len(loaded.decoder_blocks) // 2)  # 4 of 8 in the authors' code
         args.mean, args.std = config["mean"], config["std"]  # student and teacher see the same tensor
     else:
         loaded = read_encoder(args.init, args.heads)

@@ -126,7 +126,7 @@ class TinyMIMStudy(TinyMIM):
     mask_ratio  share of the patches that neither network sees
     mim_weight  weight of a reconstruction of these from the student's visible tokens, as in MAE
 
-    Ours, as the paper does not say: the error without softmax; how a class token becomes a distribution; that all
+    Ours, as the paper's text (its supplement we have not seen) does not say: the error without softmax; how a class token becomes a distribution; that all
     tokens count in features, several targets are added, and student and teacher miss the same patches; the weight of
     the reconstruction and that it paints the jittered image; that `output` is taken after the final norm. Linear layers
     and decoder are discarded.
@@ -254,9 +254,11 @@ RECIPES = {
         model="demo", image_size=32, patch_size=4, crop_min=0.6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         epochs=4, warmup_epochs=0.25, batch_size=32, micro_batch=32, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
 }
-# Heads of all blocks but the last, as in the released students (models_tinymim.py); their code fine-tunes T with 3. The
-# last block has as many as the imitated one, and keeps them when it teaches (L -> B -> S -> T): this is our reading, as
-# the released classes disagree on that number.
+# Heads of all blocks but the last, as in the released students (models_tinymim.py); their T is fine-tuned with 3
+# (finetune.py --heads 3). The last block has as many as the imitated one. In the sequence L -> B -> S -> T a student's
+# last block is read with the heads that it was distilled with: 16, 16, 16. The released classes have 16, 12, 12. Their S
+# learns from B's block read with 12 (--teacher-last-heads 12), which joins parts of heads that were trained apart; their
+# T needs S's block read with 12, but the class that should read it has 6, and fails.
 HEADS = {"tiny": 6, "small": 6, "base": 12}
 # Decoders of MAE-Lite for tiny and small, MAE's for the rest.
 DECODERS = {"demo": (64, 1, 2), "tiny": (96, 1, 3), "small": (192, 1, 6)}

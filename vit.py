@@ -26,8 +26,8 @@ from torchvision.ops import stochastic_depth
 
 # -------------------------------------------------------------------- part 1: the Vision Transformer
 
-# Tiny and small have 12 heads as in MAE-Lite (arXiv 2205.14443) and MoCo v3; DeiT has 3 and 6. The number of heads
-# changes neither parameters nor cost, so it cannot be read from a file of weights and must be given.
+# Tiny and small have 12 heads as in MAE-Lite (arXiv 2205.14443; small also in MoCo v3); DeiT has 3 and 6. The number of
+# heads changes neither parameters nor cost, so it cannot be read from a file of weights and must be given.
 SIZES = {
     "demo": dict(width=64, depth=4, heads=4, mlp_ratio=2.0),  # for 32 x 32 images on a laptop
     "tiny": dict(width=192, depth=12, heads=12),
@@ -364,7 +364,8 @@ def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
         raise InputError(f"{path}: not the weights of a plain Vision Transformer ({error})") from None
     if heads is None and width not in (768, 1024, 1280):
         raise InputError(f"{path} does not say how many heads its {width}-wide network has; give {flag} "
-                         "(width 192: 12 in MAE-Lite and MoCo v3, 3 in DeiT; width 384: 12 there, 6 in DeiT and G2SD)")
+                         "(192 wide: 12 in MAE-Lite, 6 in TinyMIM, 3 in G2SD and DeiT; 384: 12 in MAE-Lite and MoCo "
+                         "v3, 6 in the others)")
     if heads is None:
         heads = 12 if width == 768 else 16
         warnings.warn(f"{path} does not say how many heads its network has: {heads} are taken, as networks {width} "
