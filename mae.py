@@ -377,7 +377,8 @@ def main(argv: list[str] | None = None) -> None:
                 run.write(step, **save_reconstructions(model, images, args, world, picture))
     if world.rank == 0:
         run.write(run.last, **save_reconstructions(model, images, args, world, run.out / "reconstruction.png"))
-        say(f"{run.out}/reconstruction.png: image | visible patches | with the predictions for the others | target")
+        say(f"{run.out}/reconstruction.png: image | visible patches | with the predictions for the others"
+            + " | target, normalised in each patch" * args.norm_pix)
         say_next(args, f"{run.out}/encoder.pth")
 
 
@@ -386,7 +387,7 @@ def save_reconstructions(model: MaskedAutoencoder, images: Images, args: Namespa
                          path: Path) -> dict[str, float]:
     """Measures the squared error on the hidden patches of 64 training images, with the same masks every time, and that
     of painting each with the mean of its visible patches. Of eight it writes a picture: image | visible patches | with
-    the predictions for the others | target. Patches that are normalised are shown as grey + value / 5."""
+    the predictions for the others. With norm_pix these are shown as grey + value / 5, beside the target."""
     encoder = model.encoder
     views = Views(images, CentreCrop(encoder.image_size), args.seed, numbers=encoder.patches)
     seen = [views[0, i] for i in np.linspace(0, len(images) - 1, 64).astype(int).tolist()]
@@ -401,13 +402,14 @@ def save_reconstructions(model: MaskedAutoencoder, images: Images, args: Namespa
               for name, x in (("masked_mse", prediction), ("baseline_mse", constant))}
     mean, std = (0.5, 0.2) if args.norm_pix else (encoder.mean, encoder.std)
     prediction, target = ((x * std + mean).clamp(0, 1) for x in (prediction, target))
-    columns = [pixels, pixels * visible + 0.5 * hidden, target * visible + prediction * hidden, target]
-    tiles = torch.stack(columns, dim=1)[:8].flatten(0, 1)                               # 32 C h w
+    columns = [pixels, pixels * visible + 0.5 * hidden, target * visible + prediction * hidden]
+    columns += [target] * args.norm_pix
+    tiles = torch.stack(columns, dim=1)[:8].flatten(0, 1)                               # 24 or 32 C h w
     larger = -(-96 // min(encoder.image_size))  # small images would not be seen
     tiles = tiles.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
     try:
         path.parent.mkdir(exist_ok=True)
-        save_image(make_grid(tiles, nrow=8, padding=4, pad_value=1.0), path)
+        save_image(make_grid(tiles, nrow=2 * len(columns), padding=4, pad_value=1.0), path)
     except OSError as error:  # no reason to end a training
         say(f"warning: {path} cannot be written: {error}")
     return errors

@@ -617,7 +617,7 @@ class World:
     def wrap(self, model: nn.Module, compiled: bool) -> nn.Module:
         """What to call in training. Parameters and checkpoints are those of `model` itself."""
         model = torch.compile(model) if compiled else model
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if self.size > 1 else model
+        return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
 
     def share_gradients(self, wrapped: nn.Module, now: bool):
         """Context of forward and backward pass: processes average their gradients only in the last part of a batch."""
