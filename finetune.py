@@ -5,9 +5,9 @@
     linear      frozen encoder, y = W BatchNorm(features) + b; W and b by LARS (MAE's main_linprobe.py)
     knn         no training: the 20 nearest training images vote, each with weight exp(cosine / 0.07)
 
-Fine-tuning recipes: MAE-Lite's for tiny and small (arXiv 2205.14443: the less regularisation, the better for a small
-network), MAE's for base, large and huge (arXiv 2111.06377, FINETUNE.md), transfer to small data sets (MAE-Lite),
-small images, and the demo. The accuracy after the last epoch is the result; log.jsonl has the others.
+Fine-tuning recipes: MAE-Lite's for tiny and small (arXiv 2205.14443: less mixing, smoothing and erasing, and no drop
+path, for a small network), MAE's for base, large and huge (arXiv 2111.06377, FINETUNE.md), transfer to small data sets
+(MAE-Lite), small images, and the demo. The accuracy after the last epoch is the result; log.jsonl has the others.
 
 Run    python finetune.py --init runs/mae-demo/encoder.pth                  after python mae.py
        python finetune.py --out runs/scratch                                the same from scratch
@@ -152,7 +152,7 @@ RECIPES = {
     "imagenet-base": FULL,
     "imagenet-large": dict(FULL, model="large", epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.2),
     "imagenet-huge": dict(FULL, model="huge", epochs=50, blr=1e-3, layer_decay=0.75, drop_path=0.3),
-    # MAE-Lite's CIFAR-100 transfer (scripts/transfer.sh): SGD, learning rate 0.1 at 512, no regularisation at all.
+    # MAE-Lite's CIFAR-100 transfer (scripts/transfer.sh): SGD, learning rate 0.1 at 512, no weight decay, no mixing.
     "transfer": dict(LIGHT, optimizer="sgd", epochs=50, warmup_epochs=10, batch_size=512, blr=0.05, weight_decay=0.0,
                      layer_decay=0.75, clip_grad=1.0, mixup=0.0, randaugment=0.0),
     "cifar": CIFAR,
@@ -212,7 +212,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | N
             raise InputError(f"--init {given.init} has a distillation token: g2sd.py --stage specific --eval takes it")
         take_over(parser, given, {**weights[1], "heads": given.heads or weights[1]["heads"]})
     if np.max(given.image_size or parser.get_default("image_size")) > 224:
-        parser.set_defaults(centre=1.0)  # as timm sees larger images whole
+        parser.set_defaults(centre=1.0)  # as MAE sees larger images whole (util/datasets.py)
     return complete(parser, argv, recipe), weights
 
 

@@ -12,7 +12,7 @@ Huang et al., arXiv 2302.14771; of the paper we know the abstract and the two lo
 The first stage gives a plain encoder, the second a classifier. Watch the generic loss: predicting zeros gives about
 0.247 (logged as `zeros`), and a run that stays near it learns nothing.
 
-Run    python mae.py --width 128 --heads 8 --out runs/teacher                            the demo's teacher
+Run    python mae.py --width 128 --heads 8 --blr 6e-3 --out runs/teacher                 the demo's teacher
        python g2sd.py --teacher runs/teacher/last.pth                                    stage 1 -> runs/g2sd-demo
        python finetune.py --init runs/teacher/encoder.pth --out runs/teacher-classes     the teacher learns labels
        python g2sd.py --stage specific --init runs/g2sd-demo/encoder.pth --teacher runs/teacher-classes/model.pth
@@ -219,7 +219,7 @@ RECIPES = {
     "demo-specific": dict(SPECIFIC, labels=500, epochs=30, warmup_epochs=2, batch_size=32, blr=1.6e-2, mixup=0.0,
                           cutmix=0.0, erasing=0.0, randaugment=0.0, crop_min=0.6, centre=1.0, eval_every=10),
 }
-# The authors' students (models_mae.py): 64 channels to a head, and a decoder that is thrown away with the predictor.
+# The authors' default students (models_mae.py): 64 channels to a head. The decoder goes with the predictor.
 STUDENTS = {"tiny": dict(heads=3, decoder=(128, 4, 4)), "small": dict(heads=6, decoder=(256, 4, 8))}
 
 
@@ -283,7 +283,7 @@ def check_stage(args: Namespace) -> None:
     """Raises InputError if a file is missing, with the command that makes it."""
     data = f"--data {args.data}"
     if args.stage == "generic" and args.teacher is None:
-        size = "--width 128 --heads 8" if args.data == "shapes" else f"{data} --model base"
+        size = "--width 128 --heads 8 --blr 6e-3" if args.data == "shapes" else f"{data} --model base"
         raise InputError("--teacher is missing: an MAE with its decoder. Make one by\n"
                          f"  python mae.py {size} --out runs/teacher\nand give --teacher runs/teacher/last.pth")
     if args.stage == "specific":

@@ -264,9 +264,10 @@ RECIPES = {
         model="tiny", image_size=224, mask_ratio=0.75, norm_pix=True, visible_weight=0.0, crop_min=0.08,
         mean=IMAGENET_MEAN, std=IMAGENET_STD,
         epochs=400, warmup_epochs=40, batch_size=4096, micro_batch=256, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
-    # arXiv 2402.03752: 36 pixels, patches of 3, ReLU, MLP ratio 2, learned positions (of the decoder, too), visible
-    # patches discounted. Only its abstract could be read. Ours: 12 heads, qkv without bias, the decoder's size, alpha =
-    # 0.1, plain pixels. Length, learning rate and crops follow a re-implementation, the batch nearly.
+    # arXiv 2402.03752: 36 pixels, patches of 3, ReLU, learned positions (of the decoder, too), visible patches
+    # discounted. Of the paper only the abstract could be read: MLP ratio 2 is from the author's next one (2407.17783),
+    # the width follows from the number of parameters; length, learning rate, crops, mean and deviation are from a
+    # re-implementation, the batch nearly. Ours: 12 heads, qkv without bias, the decoder's size, alpha, plain pixels.
     "cifar": dict(
         model="tiny", image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned",
         decoder=(96, 2, 3), decoder_config=dict(mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned"),
@@ -397,8 +398,7 @@ def save_reconstructions(model: MaskedAutoencoder, images: Images, args: Namespa
         prediction, target, hidden = model.reconstruct(encoder.normalize(pixels), noise)
     visible = 1 - hidden
     constant = (target * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)  # B C 1 1
-    values = hidden.sum().item() * pixels.shape[1]
-    errors = {name: ((x - target).square() * hidden).sum().item() / values
+    errors = {name: (((x - target).square().mean(1, keepdim=True) * hidden).sum() / hidden.sum()).item()
               for name, x in (("masked_mse", prediction), ("baseline_mse", constant))}
     mean, std = (0.5, 0.2) if args.norm_pix else (encoder.mean, encoder.std)
     prediction, target = ((x * std + mean).clamp(0, 1) for x in (prediction, target))

@@ -245,9 +245,9 @@ from vit import (Run, Views, World, common_options, count, launch, load_init, op
                  random_crop, say, say_next, share, start, vit_options, within)
 
 RECIPES = {
-    # MAE-Lite's ViT-Tiny (projects/mocov3/mocov3_exp.py); there the warmup starts at 1e-6, here at 0, and crops are
-    # bilinear, here bicubic. The official ViT-S and ViT-B (CONFIG.md of the official code) differ in --model small or
-    # base, --epochs 300, --batch-size 4096 and --freeze-patch.
+    # MAE-Lite's ViT-Tiny (projects/mocov3/mocov3_exp.py); there warm-up starts at 1e-6, here at 0; crops are bilinear,
+    # here bicubic; blur comes before grey. The official ViT-S and ViT-B (CONFIG.md of the official code) differ in
+    # --model small or base, --epochs 300, --batch-size 4096 and --freeze-patch.
     "imagenet": dict(
         model="tiny", image_size=224, hidden=4096, projection=256, temperature=0.2, momentum=0.99, freeze_patch=False,
         crop_min=0.08, blur=2.0, mean=IMAGENET_MEAN, std=IMAGENET_STD,

@@ -12,7 +12,7 @@ No mask, no decoder, no projection. A distilled student can be the next teacher,
 the number of heads of its last block. The paper's other targets and inputs are options (--target, --mask-ratio, ...).
 ImageNet-1K, fine-tuned, table 8: T 75.8, S 83.0, B 85.0 % (MAE: 71.6, 80.6, 83.6).
 
-Run    python mae.py --width 128 --heads 8 --out runs/teacher        a teacher for the generated shapes, then
+Run    python mae.py --width 128 --heads 8 --blr 6e-3 --out runs/teacher        a teacher for the generated shapes, then
        python tinymim.py --teacher runs/teacher/encoder.pth          two minutes on a laptop
        torchrun --standalone --nproc_per_node=8 tinymim.py --data /imagenet --model base \
            --teacher mae_pretrain_vit_large.pth                      L -> B; its encoder.pth teaches S, and so on
@@ -126,10 +126,10 @@ class TinyMIMStudy(TinyMIM):
     mask_ratio  share of the patches that neither network sees
     mim_weight  weight of a reconstruction of these from the student's visible tokens, as in MAE
 
-    Ours, as the paper's text (its supplement we have not seen) does not say: the error without softmax; how a class token becomes a distribution; that all
-    tokens count in features, several targets are added, and student and teacher miss the same patches; the weight of
-    the reconstruction and that it paints the jittered image; that `output` is taken after the final norm. Linear layers
-    and decoder are discarded.
+    Ours, as the paper's text does not say (its supplement we have not seen): the error without softmax; how a class
+    token becomes a distribution; that all tokens count in features, several targets are added, and student and teacher
+    miss the same patches; the weight of the reconstruction and that it paints the jittered image; that `output` comes
+    after the final norm. Linear layers and decoder are discarded.
     """
 
     def __init__(self, encoder: ViT, teacher_width: int, targets: list[str], softmax: bool = True,
@@ -256,9 +256,9 @@ RECIPES = {
 }
 # Heads of all blocks but the last, as in the released students (models_tinymim.py); their T is fine-tuned with 3
 # (finetune.py --heads 3). The last block has as many as the imitated one. In the sequence L -> B -> S -> T a student's
-# last block is read with the heads that it was distilled with: 16, 16, 16. The released classes have 16, 12, 12. Their S
-# learns from B's block read with 12 (--teacher-last-heads 12), which joins parts of heads that were trained apart; their
-# T needs S's block read with 12, but the class that should read it has 6, and fails.
+# last block is read with the heads that it was distilled with: 16, 16, 16. The released classes have 16, 12, 12. Their
+# S learns from B's block read with 12 (--teacher-last-heads 12), which joins parts of heads that were trained apart;
+# their T needs S's block read with 12, but the class that should read it has 6, and fails.
 HEADS = {"tiny": 6, "small": 6, "base": 12}
 # Decoders of MAE-Lite for tiny and small, MAE's for the rest.
 DECODERS = {"demo": (64, 1, 2), "tiny": (96, 1, 3), "small": (192, 1, 6)}
@@ -266,7 +266,7 @@ DECODERS = {"demo": (64, 1, 2), "tiny": (96, 1, 3), "small": (192, 1, 6)}
 TEACHERS = {
     "imagenet": "torchrun --standalone --nproc_per_node=8 mae.py --data {data} --model base --out runs/teacher",
     "cifar": "python mae.py --data {data} --recipe cifar --model small --out runs/teacher",
-    "demo": "python mae.py --width 128 --heads 8 --out runs/teacher",
+    "demo": "python mae.py --width 128 --heads 8 --blr 6e-3 --out runs/teacher",
 }
 
 def parse_args(argv: list[str] | None) -> Namespace:

@@ -45,7 +45,7 @@ class InputError(ValueError):
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=1e-6)  # not torch's 1e-5: all ViT files of the field were trained with 1e-6
+    return nn.LayerNorm(width, eps=1e-6)  # not torch's 1e-5: MAE, MoCo v3, TinyMIM, G2SD and DeiT have 1e-6
 
 
 class Attention(nn.Module):
@@ -69,7 +69,8 @@ class Attention(nn.Module):
 
 
 def relation(a: Tensor, b: Tensor) -> Tensor:
-    """Raw scores a b^T / sqrt(d) of every head, before any softmax: B H L d twice -> B H L L, at least float32.
+    """Raw scores a b^T / sqrt(d) of every head, before any softmax: B H L d twice -> B H L L, at least float32 (whose
+    products a GPU may round to TF32).
     `relation(q, k)` is what fused attention never shows; the distillation methods compare it."""
     with torch.autocast(a.device.type, enabled=False):  # v v^T leaves the range of half precision
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
@@ -364,8 +365,8 @@ def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
         raise InputError(f"{path}: not the weights of a plain Vision Transformer ({error})") from None
     if heads is None and width not in (768, 1024, 1280):
         raise InputError(f"{path} does not say how many heads its {width}-wide network has; give {flag} "
-                         "(192 wide: 12 in MAE-Lite, 6 in TinyMIM, 3 in G2SD and DeiT; 384: 12 in MAE-Lite and MoCo "
-                         "v3, 6 in the others)")
+                         "(192 wide: 12 in MAE-Lite, 6 in TinyMIM, 3 in G2SD and DeiT; 384: 12 in MAE-Lite's MAE and "
+                         "MoCo v3, 6 in the others)")
     if heads is None:
         heads = 12 if width == 768 else 16
         warnings.warn(f"{path} does not say how many heads its network has: {heads} are taken, as networks {width} "
@@ -1274,7 +1275,7 @@ def operation(number: int, image: Image.Image, m: float, up: bool) -> Image.Imag
 
 def random_erasing(images: Tensor, probability: float) -> Tensor:
     """In each image B C h w, with this probability, a box of noise N(0, 1): area 2 % to 33 %, aspect 0.3 to 3.3, as in
-    timm's mode `pixel`. Images are normalised already."""
+    timm's mode `pixel`, but cut to the image where timm draws again. Images are normalised already."""
     b, _, h, w = images.shape
     chosen, area, aspect, y, x = torch.rand(5, b, 1, 1, 1, device=images.device)
     area = h * w * (0.02 + (1 / 3 - 0.02) * area)

@@ -335,7 +335,7 @@ def test_hand_over_takes_the_authors_files_and_refuses_any_other_difference(chan
 # ---- what users do wrong
 
 @pytest.mark.parametrize("flags, told", [
-    ("", "python mae.py --width 128 --heads 8 --out runs/teacher"), ("--data /pictures", "python mae.py --data /pictures --model base"),
+    ("", "python mae.py --width 128 --heads 8 --blr 6e-3 --out runs/teacher"), ("--data /pictures", "python mae.py --data /pictures --model base"),
     ("--stage specific", "is missing"), ("--stage specific --eval", "is missing"),
     ("--teacher t.pth --recipe demo-specific", "one of --stage specific"),
     ("--stage specific --init e.pth --teacher t.pth", "e.pth: no such file"),

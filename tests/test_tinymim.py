@@ -324,7 +324,7 @@ def test_a_file_without_final_norm_teaches_relations_but_not_outputs(write):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("", r"mae.py --width 128 --heads 8 --out runs/teacher\nand give --teacher runs/teacher/encoder.pth"),
+    ("", r"mae.py --width 128 --heads 8 --blr 6e-3 --out runs/teacher\nand give --teacher runs/teacher/encoder.pth"),
     ("--teacher none.pth", "none.pth: no such file"),
     ("--teacher t.pth --patch-size 8", "patches of 4 pixels, the student into ones of 8"),
     ("--teacher t.pth --teacher-block 5", "blocks 1 to 4"),
