@@ -23,16 +23,16 @@ Letters in shape comments: B images, C channels, D width, K classes, M training 
 import math
 import os
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from vit import (IMAGENET_MEAN, IMAGENET_STD, SIZES, InputError, ViT, encoder_options, load_encoder, load_file,
-                 param_groups, read_encoder)
+from vit import (IMAGENET_MEAN, IMAGENET_STD, SIZES, InputError, ViT, load_encoder, load_file, param_groups,
+                 read_encoder)
 
 # -------------------------------------------------------------------- the method
 
@@ -115,8 +115,8 @@ def knn_hits(features: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor
 
 # -------------------------------------------------------------------- the recipe
 from vit import (STEP, CentreCrop, Images, Run, Views, World, amount, balanced, common_options, complete, count,
-                 default_recipe, evaluate, find_images, in_order, launch, mixing, on_command_line, open_images,
-                 print_out, print_result, random_crop, random_erasing, say, share, start, take_over, torch_seed,
+                 default_recipe, evaluate, in_order, launch, mixing, on_command_line, open_folder, open_images,
+                 print_out, print_result, random_crop, random_erasing, share, start, take_over, torch_seed,
                  vit_options, within)
 
 # MAE-Lite's improved recipe (projects/eval_tools/finetuning_exp.py); layer decay 0.75 for small (SMALL.md).
@@ -128,9 +128,9 @@ LIGHT = dict(
 # MAE's (FINETUNE.md and the arguments of main_finetune.py).
 FULL = dict(LIGHT, model="base", epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1, smoothing=0.1, mixup=0.8,
             cutmix=1.0, erasing=0.25, randaugment=9.0)
-# MAE's linear probe (main_linprobe.py). 16,384 images a batch need eight processes: on one give --batch-size 2048.
-PROBE = dict(LIGHT, optimizer="lars", pool="cls", epochs=90, warmup_epochs=10, batch_size=16384, micro_batch=2048,
-             blr=0.1, min_lr=0.0, weight_decay=0.0, layer_decay=1.0, mixup=0.0, randaugment=0.0)
+# What MAE's linear probe changes (main_linprobe.py).
+PROBE = dict(optimizer="lars", pool="cls", blr=0.1, min_lr=0.0, weight_decay=0.0, layer_decay=1.0, drop_path=0.0,
+             smoothing=0.0, mixup=0.0, cutmix=0.0, randaugment=0.0)
 # For arXiv 2402.03752's small images, classified by the class token (its "dummy patch"). The rest of the paper's
 # fine-tuning is not known to us: these are our choices.
 CIFAR = dict(
@@ -143,9 +143,8 @@ CIFAR = dict(
 DEMO = dict(
     model="demo", image_size=32, patch_size=4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), optimizer="adamw",
     pool="mean", labels=500, epochs=30, warmup_epochs=2, batch_size=32, micro_batch=256, blr=8e-3, min_lr=1e-6,
-    weight_decay=0.05,
-    layer_decay=0.75, drop_path=0.0, clip_grad=0.0, smoothing=0.1, mixup=0.0, cutmix=0.0, erasing=0.0, randaugment=0.0,
-    crop_min=0.6, centre=1.0, eval_every=10)
+    weight_decay=0.05, layer_decay=0.75, drop_path=0.0, clip_grad=0.0, smoothing=0.1, mixup=0.0, cutmix=0.0,
+    erasing=0.0, randaugment=0.0, crop_min=0.6, centre=1.0, eval_every=10)
 RECIPES = {
     "imagenet": LIGHT,
     "imagenet-small": dict(LIGHT, model="small", layer_decay=0.75),
@@ -157,17 +156,14 @@ RECIPES = {
                      layer_decay=0.75, clip_grad=1.0, mixup=0.0, randaugment=0.0),
     "cifar": CIFAR,
     "demo": DEMO,
-    "imagenet-linear": PROBE,
+    # MAE's. 16,384 images a batch need eight processes: on one give --batch-size 2048.
+    "imagenet-linear": dict(LIGHT | PROBE, epochs=90, warmup_epochs=10, batch_size=16384, micro_batch=2048),
     # Ours, after MAE's.
-    "cifar-linear": dict(CIFAR, **{name: PROBE[name] for name in ("optimizer", "pool", "blr", "min_lr", "weight_decay",
-                         "layer_decay", "mixup", "cutmix", "randaugment")}, epochs=50, drop_path=0.0, smoothing=0.0),
-    "demo-linear": dict(DEMO, **{name: PROBE[name] for name in ("optimizer", "pool", "min_lr", "weight_decay",
-                        "layer_decay")}, blr=2.0, smoothing=0.0, batch_size=100),
+    "cifar-linear": dict(CIFAR | PROBE, epochs=50),
+    "demo-linear": dict(DEMO | PROBE, blr=2.0, batch_size=100),
 }
-# {(protocol, width of the network): recipe} where the data mean "imagenet" and no --recipe is given; else it stays so.
-CHOICES = {("finetune", 192): "imagenet", ("finetune", 384): "imagenet-small", ("finetune", 768): "imagenet-base",
-           ("finetune", 1024): "imagenet-large", ("finetune", 1280): "imagenet-huge"}
-LINEAR = {"demo": "demo-linear", "cifar": "cifar-linear"}  # the probe's recipe for these; else imagenet-linear
+# What "imagenet" means for a network of this width, where no --recipe is given.
+OF_WIDTH = {384: "imagenet-small", 768: "imagenet-base", 1024: "imagenet-large", 1280: "imagenet-huge"}
 
 
 def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | None]:
@@ -175,7 +171,7 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | N
     the file comes from the recipe. Raises InputError for options that need another, or contradict the file."""
     parser = common_options(__doc__, RECIPES)
     add = parser.add_argument_group("method").add_argument
-    add("--protocol", choices=["finetune", "linear", "knn"], default="finetune", help="what is trained")
+    add("--protocol", choices=["finetune", "linear", "knn"], help="what is trained; else finetune, or as --recipe says")
     add("--eval", action="store_true", help="evaluate the classifier in --init, and nothing else")
     add("--by-class", action="store_true", help="with --eval: the accuracy of each class, too")
     add("--predict", metavar="DIR", help="print file, class and its probability for all images below a folder, by the "
@@ -194,17 +190,13 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | N
     add("--cutmix", type=amount, help="alpha of CutMix; 0: none")
     add("--erasing", type=share, help="probability of random erasing")
     add("--randaugment", type=within(0, 10), help="magnitude of timm's RandAugment, 0 to 10; 0: none")
-    add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
     add("--centre", type=within(0.01, 1), help="share of the shorter side that is seen in evaluation")
     given = on_command_line(parser, argv)
-    if given.init is None and (given.eval or given.predict or given.reuse is not None or given.protocol != "finetune"):
-        raise InputError("--eval, --predict, --reuse, --protocol linear and knn need --init, the file with the weights")
-    if given.by_class and not given.eval:
-        raise InputError("--by-class needs --eval")
+    given.protocol = given.protocol or ("linear" if str(given.recipe).endswith("-linear") else "finetune")
     trained = given.protocol == "finetune" and not (given.eval or given.predict)
     weights = None if given.init is None else read_encoder(given.init, given.heads, other_heads=trained)
     recipe = choose_recipe(given, SIZES[given.model or "tiny"]["width"] if weights is None else weights[1]["width"])
-    parser.set_defaults(**RECIPES[recipe])
+    parser.set_defaults(**RECIPES[recipe], protocol=given.protocol)
     if weights is None:  # as DeiT and timm. Which layer decay MAE-Lite's own 75.8 % had is not documented
         parser.set_defaults(layer_decay=1.0, positions="learned")
     else:
@@ -213,15 +205,21 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | N
         take_over(parser, given, {**weights[1], "heads": given.heads or weights[1]["heads"]})
     if np.max(given.image_size or parser.get_default("image_size")) > 224:
         parser.set_defaults(centre=1.0)  # as MAE sees larger images whole (util/datasets.py)
-    return complete(parser, argv, recipe), weights
+    args = complete(parser, argv, recipe)
+    if weights is None and (args.eval or args.predict or args.reuse is not None or args.protocol != "finetune"):
+        raise InputError("--eval, --predict, --reuse, --protocol linear and knn need --init, the file with the weights")
+    if args.by_class and not args.eval:
+        raise InputError("--by-class needs --eval")
+    return args, weights
 
 
 def choose_recipe(given: Namespace, width: int) -> str:
     """Name of the recipe, by the data, the protocol and, where images are large, the width of the network."""
     name = default_recipe(given)
     if given.protocol == "linear":
-        return name if name.endswith("-linear") else LINEAR.get(name, "imagenet-linear")
-    return CHOICES.get((given.protocol, width), name) if given.recipe is None and name == "imagenet" else name
+        linear = f"{name.split('-')[0]}-linear"
+        return linear if linear in RECIPES else "imagenet-linear"
+    return OF_WIDTH.get(width, name) if given.recipe is None and name == "imagenet" else name
 
 
 def build(args: Namespace, weights: tuple[dict, dict] | None, classes: int) -> tuple[ViT, list[str]]:
@@ -250,9 +248,9 @@ def pretrained(args: Namespace, state: dict, config: dict, classes: int) -> tupl
     if args.heads != config["heads"]:
         changes.append(f"{args.heads} heads in place of {config['heads']}")
     # TinyMIM gives the last block the teacher's heads in pre-training only (its models_vit.py).
-    size = encoder_options(config, image_size=args.image_size, heads=args.heads,
-                           last_heads=config["last_heads"] if frozen else None)
-    model = ViT(**size, pool=args.pool, classes=classes, drop_path=args.drop_path)
+    last_heads = config["last_heads"] if frozen else None
+    model = ViT(**dict(config, image_size=args.image_size, heads=args.heads, last_heads=last_heads, pool=args.pool,
+                       classes=classes, drop_path=args.drop_path))
     kept = model.depth if args.reuse is None else args.reuse
     model.blocks[kept:].apply(start_afresh)
     new = ("head.", *(f"blocks.{i}." for i in range(kept, model.depth)))
@@ -260,7 +258,9 @@ def pretrained(args: Namespace, state: dict, config: dict, classes: int) -> tupl
     if frozen and args.pool == "mean" and "norm.weight" in state:  # nothing could train a fresh fc_norm
         state.update({f"fc_norm.{name}": state[f"norm.{name}"] for name in ("weight", "bias")})
     fresh = dict.fromkeys(name.split(".")[0] for name in load_encoder(model, state, config, new))
-    return model, changes + [f"new {name}" if name != "blocks" else f"new blocks from {kept + 1} on" for name in fresh]
+    names = {"blocks": f"blocks from {kept + 1} on"}
+    changes += [f"new {names.get(name, name)}" for name in fresh if name != "head" or args.protocol != "knn"]
+    return model, changes or ["as it was pre-trained"]
 
 
 def make_optimizer(model: ViT, args: Namespace) -> torch.optim.Optimizer:
@@ -292,22 +292,21 @@ def main(argv: list[str] | None = None) -> None:
     model.to(world.device)
     told = f"{args.protocol} of {len(images.classes)} classes: {', '.join(changes)}"
     if args.protocol == "knn":
-        if world.rank == 0:
-            say(told)
+        world.say(told)
         return print_result(knn(model, images, val, args, world), world)
     train(model, told, images, val, args, world)
 
 
 def train(model: ViT, told: str, images: Images, val: Images, args: Namespace, world: World) -> None:
-    optimizer = make_optimizer(model, args)
+    optimizer, rows = make_optimizer(model, args), args.batch_size // world.size
     run = Run("finetune", args, world, images, model, model, optimizer)
-    if world.rank == 0:
-        say(told)
-    if args.protocol == "linear" and run.parts > 1:
-        raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs a process's whole share at once; give "
-                         f"{args.micro_batch * world.size} or less, or --micro-batch {args.batch_size // world.size}")
+    world.say(told)
+    if args.protocol == "linear" and (run.parts > 1 or rows < 2):
+        raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs a process's whole share at once, two images "
+                         f"at least: give {2 * world.size} to {args.micro_batch * world.size}, or --micro-batch {rows}")
     wrapped, scaler = world.wrap(model, args.compile), run.scaler
-    views = Views(images, training_view(model.image_size, args), args.seed)
+    crop = ProbeCrop if args.protocol == "linear" else v2.RandomResizedCrop
+    views = Views(images, random_crop(model.image_size, args.crop_min, args.randaugment, crop), args.seed)
     centre, mix = CentreCrop(model.image_size, args.centre), mixing(args.mixup, args.cutmix, len(images.classes))
     with run.batches(views) as batches:
         for step in run.steps(batches):
@@ -340,13 +339,6 @@ def train(model: ViT, told: str, images: Images, val: Images, args: Namespace, w
     print_result(result, world)
 
 
-def training_view(size: tuple[int, int], args: Namespace) -> v2.Transform:
-    if args.protocol != "linear":
-        return random_crop(size, args.crop_min, args.randaugment)
-    bicubic = v2.InterpolationMode.BICUBIC
-    return v2.Compose([ProbeCrop(size, (args.crop_min, 1.0), interpolation=bicubic), v2.RandomHorizontalFlip()])
-
-
 def load_classifier(args: Namespace, state: dict, config: dict, classes: list[str] | None = None) -> ViT:
     """A classifier that this script wrote, or an official one. Raises InputError if its classes are not the data's."""
     if not config["classes"]:
@@ -355,7 +347,7 @@ def load_classifier(args: Namespace, state: dict, config: dict, classes: list[st
     if classes is not None and (len(known) != len(classes) or known != classes and known[0] is not None):
         raise InputError(f"--init {args.init} knows {len(known)} classes ({', '.join(map(str, known[:3]))}, ...), "
                          f"--data {args.data} has {len(classes)} ({', '.join(classes[:3])}, ...)")
-    model = ViT(**encoder_options(config, image_size=args.image_size, pool=config["pool"], classes=config["classes"]))
+    model = ViT(**dict(config, image_size=args.image_size))
     if "head.1.weight" in state:
         model.head = probe_head(model.width, config["classes"])
     load_encoder(model, state, config, fresh=())
@@ -364,56 +356,42 @@ def load_classifier(args: Namespace, state: dict, config: dict, classes: list[st
 
 @torch.no_grad()
 def predict(args: Namespace, state: dict, config: dict, world: World) -> None:
-    """Prints a table, separated by tabs: file, class, its probability."""
-    if world.size > 1 or not os.path.isdir(args.predict):
-        raise InputError(f"--predict {args.predict}: needs a folder, and is for one process alone")
+    """Prints a table, separated by tabs: file, class, its probability. What cannot be read is told and left out."""
     model = load_classifier(args, state, config).to(world.device).eval()
     classes = load_file(args.init).get("classes") or range(config["classes"])
-    names = np.array([os.fsencode(name) for name in sorted(find_images(args.predict))])
+    images = replace(open_folder(args.predict, "", False), enough=4 * max(args.image_size))
+    if world.size > 1:
+        raise InputError("--predict is for one process")
     print_out("file\tclass\tprobability")
-    views = Views(Images(names, root=args.predict), CentreCrop(model.image_size, args.centre))
+    views, wanted = Views(images, CentreCrop(model.image_size, args.centre), args.seed), iter(range(len(images)))
     with in_order(views, args, world) as batches:
         for pixels, _, index in batches:
             with world.autocast():
                 logits = model(model.normalize(pixels))
             best = logits.float().softmax(1).max(1)
-            for name, probability, label in zip(names[index], best.values.tolist(), best.indices.tolist(), strict=True):
-                print_out(f"{os.fsdecode(name)}\t{classes[label]}\t{probability:.4f}")
+            for i, probability, label in zip(index, best.values.tolist(), best.indices.tolist(), strict=True):
+                if i == next(wanted):  # else it stands for one that cannot be read
+                    print_out(f"{os.fsdecode(images.items[i])}\t{classes[label]}\t{probability:.4f}")
 
 
 @torch.no_grad()
 def features_of(model: ViT, images: Images, args: Namespace, world: World) -> tuple[Tensor, Tensor]:
-    """Features M D and labels M of this process's share of the images."""
-    features, labels = [torch.empty(0, model.width, device=world.device)], [torch.empty(0, dtype=torch.int64)]
+    """Features M D and labels M of all images. A process fills in the rows of its share; the others are zero there."""
+    features = torch.zeros(len(images), model.width, device=world.device)
     with in_order(Views(images, CentreCrop(model.image_size, args.centre)), args, world) as batches:
-        for pixels, _, index in batches:  # none, where there are more processes than images
+        for pixels, _, index in batches:
             with world.autocast():
-                features.append(model.features(model.normalize(pixels)).float())
-            labels.append(torch.from_numpy(images.labels[index]))
-    return torch.cat(features), world.send(torch.cat(labels))
+                features[index] = model.features(model.normalize(pixels)).float()
+    return world.sum(features), world.send(torch.from_numpy(images.labels))
 
 
 def knn(model: ViT, images: Images, val: Images, args: Namespace, world: World) -> dict[str, float]:
-    """Accuracy in % on `val`, each image counted once on any number of processes, with `images` as the bank."""
+    """Accuracy in % on `val`, with `images` as the bank; the processes divide the queries among them."""
     model.eval()
-    mine = features_of(model, images, args, world)
-    bank, bank_labels = (gathered(rows, len(images), world) for rows in mine)
-    features, labels = features_of(model, val, args, world)
-    hits = sum(knn_hits(some, truth, bank, bank_labels, len(images.classes))
-               for some, truth in zip(features.split(256), labels.split(256), strict=True))
+    bank, queries = features_of(model, images, args, world), features_of(model, val, args, world)
+    mine = zip(*(rows[world.rank::world.size].split(256) for rows in queries), strict=True)
+    hits = sum(knn_hits(*some, *bank, len(images.classes)) for some in mine)
     return dict(top1=100 * world.sum(hits.double()).item() / len(val), val_images=len(val))
-
-
-def gathered(rows: Tensor, total: int, world: World) -> Tensor:
-    """The rows of all processes, in the order of the images. Shares differ by at most one row; shorter ones are
-    padded for the exchange."""
-    if world.size == 1:
-        return rows
-    most = -(-total // world.size)
-    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
-    every = padded.new_empty(world.size * most, *padded.shape[1:])
-    dist.all_gather_into_tensor(every, padded)
-    return every.unflatten(0, (world.size, most)).transpose(0, 1).flatten(0, 1)[:total]  # in the order of the images
 
 
 if __name__ == "__main__":

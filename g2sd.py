@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit import (SIZES, Block, InputError, ViT, encoder_options, init_linear, load_encoder, load_file, param_groups,
-                 position_table, read_encoder, take, weights_of)
+from vit import (SIZES, Block, InputError, ViT, init_linear, load_encoder, load_file, param_groups, position_table,
+                 read_encoder, take, weights_of)
 
 # -------------------------------------------------------------------- the method: generic stage
 
@@ -236,7 +236,6 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, MaskedViT | tuple[dic
     add("--teacher", help="generic: last.pth of mae.py, or an official MAE file with decoder; specific: model.pth of "
         "finetune.py, or an official fine-tuned file")
     add("--teacher-heads", type=count, help="heads of the teacher, where its file does not say")
-    add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
     add = parser.add_argument_group(f"{stage} stage").add_argument
     if stage == "generic":
         add("--decoder", type=count, nargs=3, metavar=("WIDTH", "BLOCKS", "HEADS"), help="of the student's decoder; "
@@ -316,7 +315,8 @@ def load_mae(args: Namespace) -> tuple[MaskedViT, dict, float]:
     if not heads:
         raise InputError(f"--teacher {args.teacher} does not say how many heads its decoder, {width} wide, has: give "
                          "--teacher-decoder-heads (3 or 6 in MAE-Lite's, 96 or 192 wide)")
-    teacher = MaskedViT(ViT(**encoder_options(config)), (width, depth, heads), ratio, trained.get("decoder_config"))
+    encoder = ViT(**dict(config, pool="cls", classes=0))
+    teacher = MaskedViT(encoder, (width, depth, heads), ratio, trained.get("decoder_config"))
     load_encoder(teacher.encoder, state, config, fresh=())
     own = {(name, x.shape) for name, x in teacher.state_dict().items() if not name.startswith("encoder.")}
     if wrong := {name for name, _ in own ^ {(name, x.shape) for name, x in decoder.items()}}:
@@ -349,8 +349,8 @@ def build_specific(args: Namespace, state: dict, config: dict, classes: int) -> 
     if known := [name for name in state if name in ("dist_token", "head.weight", "head_dist.weight")]:
         raise InputError(f"--init {args.init} is a classifier already, with {', '.join(known)}; give an encoder.pth")
     torch.manual_seed(args.seed)
-    options = encoder_options(config, image_size=args.image_size, last_heads=None, classes=classes,
-                              drop_path=args.drop_path)
+    options = dict(config, image_size=args.image_size, last_heads=None, pool="cls", classes=classes,
+                   drop_path=args.drop_path)
     student = SpecificStudent(options, args.distillation == "hard")
     load_encoder(student, state, config, fresh=new)
     student.pos_embed.requires_grad_(True)  # a sin-cos table, too, is learned in this stage
@@ -361,8 +361,7 @@ def load_trained(path: str, state: dict, config: dict, images: Images) -> ViT:
     """A classifier of this script, of finetune.py or an official one. Raises InputError unless it knows the classes."""
     if config["classes"] != len(images.classes):
         raise InputError(f"{path} knows {config['classes']} classes, --data has {len(images.classes)}")
-    options = encoder_options(config, pool=config["pool"], classes=config["classes"])
-    model = SpecificStudent(options, "head_dist.weight" in state) if "dist_token" in state else ViT(**options)
+    model = SpecificStudent(config, "head_dist.weight" in state) if "dist_token" in state else ViT(**config)
     load_encoder(model, state, config, fresh=())
     return model
 

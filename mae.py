@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from vit import (IMAGENET_MEAN, IMAGENET_STD, Block, InputError, ViT, encoder_options, init_linear, layer_norm,
-                 load_encoder, param_groups, position_table, read_encoder, relation, take)
+from vit import (IMAGENET_MEAN, IMAGENET_STD, Block, InputError, ViT, init_linear, layer_norm, load_encoder,
+                 param_groups, position_table, read_encoder, relation, take)
 
 # -------------------------------------------------------------------- the method
 
@@ -292,7 +292,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--visible-weight", type=amount, help="weight of the error on visible patches")
     add("--decoder", type=count, nargs=3, metavar=("WIDTH", "BLOCKS", "HEADS"), help="of the decoder; else by --model: "
         "96 1 3 for tiny, 192 1 6 for small, 512 8 16 for base and larger")
-    add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
     parser.set_defaults(decoder_config=None)  # a recipe's word alone
     add = parser.add_argument_group("distillation (D-MAE)").add_argument
     add("--teacher", help="file of a pre-trained MAE encoder: ours or an official one")
@@ -334,7 +333,7 @@ def load_teacher(args: Namespace, device: torch.device) -> ViT | None:
     if args.teacher is None:
         return None
     state, config = read_encoder(args.teacher, args.teacher_heads, "--teacher-heads")
-    teacher = ViT(**encoder_options(config, image_size=args.image_size))
+    teacher = ViT(**dict(config, image_size=args.image_size, pool="cls", classes=0))
     load_encoder(teacher, state, config, fresh=("norm.",))  # scores are taken before the final norm
     return teacher.to(device).eval().requires_grad_(False)
 

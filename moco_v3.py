@@ -275,7 +275,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--hidden", type=count, help="hidden width of projector and predictor")
     add("--projection", type=count, help="width of queries and keys")
     add("--freeze-patch", action=BooleanOptionalAction, help="leave the patch projection as it was drawn")
-    add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
     add("--blur", type=within(0, 2), help="largest deviation of the Gaussian blur in pixels, up to 2; 0: no blur")
     return parse(parser, argv, RECIPES)
 
@@ -299,9 +298,9 @@ def share_statistics(model: MoCo, args: Namespace, world: World) -> MoCo:
         raise InputError(f"--batch-size {args.batch_size} leaves one image to a process: BatchNorm needs two")
     if args.device == "cuda" and dist.is_initialized():
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if world.rank == 0 and world.size > 1:
-        say(f"note: without GPUs there is no SyncBatchNorm: each process normalises over its own {rows} images, so "
-            f"the losses are not those of one process with {args.batch_size}")
+    if world.size > 1:
+        world.say(f"note: without GPUs there is no SyncBatchNorm: each process normalises over its own {rows} images, "
+                  f"so the losses are not those of one process with {args.batch_size}")
     return model
 
 

@@ -14,7 +14,7 @@ ImageNet-1K, fine-tuned, table 8: T 75.8, S 83.0, B 85.0 % (MAE: 71.6, 80.6, 83.
 
 Run    python mae.py --width 128 --heads 8 --blr 6e-3 --out runs/teacher        a teacher for the generated shapes, then
        python tinymim.py --teacher runs/teacher/encoder.pth          two minutes on a laptop
-       torchrun --standalone --nproc_per_node=8 tinymim.py --data /imagenet --model base \
+       torchrun --standalone --nproc_per_node=8 tinymim.py --data /imagenet --model base \\
            --teacher mae_pretrain_vit_large.pth                      L -> B; its encoder.pth teaches S, and so on
 Writes encoder.pth (the student and its config) and last.pth (all that --resume needs) every ten minutes and at the end,
        log.jsonl, args.json
@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit import (IMAGENET_MEAN, IMAGENET_STD, Block, InputError, ViT, encoder_options, init_linear, layer_norm,
-                 load_encoder, param_groups, position_table, read_encoder, relation, take)
+from vit import (IMAGENET_MEAN, IMAGENET_STD, Block, InputError, ViT, init_linear, layer_norm, load_encoder,
+                 param_groups, position_table, read_encoder, relation, take)
 
 # -------------------------------------------------------------------- the method
 
@@ -236,7 +236,7 @@ def random_masking(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 # -------------------------------------------------------------------- the recipe
 from vit import (STEP, Run, Views, amount, common_options, count, launch, load_init, open_images, parse, random_crop,
-                 say, say_next, share, start, torch_seed, vit_options)
+                 say_next, share, start, torch_seed, vit_options)
 
 RECIPES = {
     # The authors' README and code (main_pretrain.py, engine_pretrain.py, models_tinymim.py); one for T, S and B.
@@ -279,7 +279,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--teacher-block", type=count, help="block of the teacher that is imitated, from 1; else 18 of 24, or the last")
     add("--jitter", type=share, default=0.4, help="strength of the student's colour jitter, 0 to 1")
     add("--drop-path", type=share, default=0.1, help="rate of stochastic depth in the student's blocks but the last")
-    add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
     add = parser.add_argument_group("study (sec. 3.1 of the paper)").add_argument
     add("--target", nargs="+", choices=TARGETS, default=["qk", "vv"], metavar="TARGET",
         help=f"what is compared, one or more of {', '.join(TARGETS)}")
@@ -305,7 +304,7 @@ def load_teacher(args: Namespace, device: torch.device) -> tuple[ViT, int]:
     if number > depth:
         raise InputError(f"--teacher-block {number}: {args.teacher} has blocks 1 to {depth}")
     last_heads = args.teacher_last_heads or config["last_heads"]
-    size = encoder_options(config, image_size=args.image_size, last_heads=last_heads)
+    size = dict(config, image_size=args.image_size, last_heads=last_heads, pool="cls", classes=0)
     teacher = ViT(**size, drop_path=[args.teacher_drop_path if i < number else 0.0 for i in range(1, depth + 1)])
     load_encoder(teacher, state, config, fresh=() if {"output", "class"} & set(args.target) else ("norm.",))
     teacher.train(args.teacher_drop_path > 0)  # nothing but stochastic depth tells the modes apart
@@ -342,10 +341,9 @@ def main(argv: list[str] | None = None) -> None:
     run = Run("tinymim", args, world, images, model, encoder, optimizer)
     wrapped, scaler = world.wrap(model, args.compile), run.scaler
     observe = torch.compile(model.observe) if args.compile else model.observe
-    if world.rank == 0:
-        say(f"{'+'.join(args.target)} of block {number} of {teacher.depth} of the teacher ({teacher.width} wide, "
-            f"{teacher.blocks[number - 1].attn.heads} heads) in block {encoder.depth} of the student ({encoder.width} "
-            f"wide, {encoder.config['last_heads']} heads, elsewhere {encoder.config['heads']})")
+    world.say(f"{'+'.join(args.target)} of block {number} of {teacher.depth} of the teacher ({teacher.width} wide, "
+              f"{teacher.blocks[number - 1].attn.heads} heads) in block {encoder.depth} of the student "
+              f"({encoder.width} wide, {encoder.config['last_heads']} heads, elsewhere {encoder.config['heads']})")
 
     lengths = [6, encoder.patches] if args.mask_ratio else [6]  # random numbers of an image: for jitter and mask
     # In worker processes: crop, mirroring, numbers for the jitter and the mask, all from (seed, epoch, image).

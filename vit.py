@@ -181,8 +181,10 @@ class ViT(nn.Module):
         changes   other values of the arguments, as image_size: positions are stretched
         Raises InputError as `read_encoder` and `load_encoder`."""
         state, config = read_encoder(path, heads, "heads=")
-        if "dist_token" in state:
-            raise InputError(f"{path}: a classifier with a distillation token: g2sd.load_trained builds it")
+        if "dist_token" in state or "head.1.weight" in state:
+            raise InputError(f"{path}: a student of G2SD or a linear probe: only the script that wrote it builds it")
+        if "classes" in changes:  # a head of its own
+            state = {name: value for name, value in state.items() if not name.startswith("head.")}
         vit = cls(**{**config, **changes})
         load_encoder(vit, state, config, fresh=("head.",) if "classes" in changes else ())
         return vit.eval()
@@ -291,8 +293,6 @@ def layer_of(name: str, depth: int) -> int:
 # What files hold besides the encoder: decoders, projectors, distillation heads; in ours, where the last block has heads
 # of its own, their number: a strict load by code that knows nothing of them fails by this name.
 NOT_ENCODER = ("mask_token", "decoder", "encoderfeature_pred.", "head.", "dist_token", "head_dist.", "last_heads")
-# All that the block has which D2-MAE's files hold beyond the encoder's last.
-QUERIES_AND_KEYS = {"norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias"}
 # Encoders in a file that are not the one to use: MoCo v3's momentum copy, the teacher in MAE-Lite's D-MAE files.
 OTHER_ENCODERS = ("momentum_encoder.", "tch_model.")
 
@@ -334,54 +334,40 @@ def read_encoder(path: str, heads: int | None = None, flag: str = "--heads",
     state = {name.removeprefix(prefixes[0]): state[name] for name in names if name.startswith(prefixes[0])}
     config = file.get("config")
     if not isinstance(config, dict) or "heads" not in config:
-        state = official_encoder(state, path)
         return state, guess_config(state, heads, path, flag)
     if heads not in (None, config["heads"]) and not other_heads:
         raise InputError(f"{flag} {heads}: {path} was trained with {config['heads']} heads")
     return state, dict(config)
 
 
-def official_encoder(state: dict, path: str) -> dict:
-    """Without the extra block of D2-MAE's files. Raises InputError, by name, for relatives of ViT that are none."""
+def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
+    """The config of an encoder of which only the weights are known, its image taken to be square. Raises InputError, by
+    name, for relatives of ViT that are none."""
     if relative := [name for name in state if "relative_position" in name]:
         raise InputError(f"{path}: a network with relative positions ({relative[0]}), which are not known here")
     rows = state["pos_embed"].shape[1] if "pos_embed" in state else 1
     if "dist_token" in state and math.isqrt(rows - 1) ** 2 != rows - 1:
         raise InputError(f"{path}: a distilled DeiT: its second token, with {rows} positions, is not known here")
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    extra = [name for name in state if name.startswith(f"blocks.{depth - 1}.")]
-    if {name.removeprefix(f"blocks.{depth - 1}.") for name in extra} <= QUERIES_AND_KEYS:
-        return {name: value for name, value in state.items() if name not in extra}
-    return state
-
-
-def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
-    """The config of an encoder of which only the weights are known, its image taken to be square."""
     try:
         width, channels, patch_size = state["patch_embed.proj.weight"].shape[:3]
         side = math.isqrt(state["pos_embed"].shape[1] - 1)
         hidden = len(state["blocks.0.mlp.fc1.weight"])
     except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the weights of a plain Vision Transformer ({error})") from None
-    if heads is None and width not in (768, 1024, 1280):
-        raise InputError(f"{path} does not say how many heads its {width}-wide network has; give {flag} "
-                         "(192 wide: 12 in MAE-Lite, 6 in TinyMIM, 3 in G2SD and DeiT; 384: 12 in MAE-Lite's MAE and "
-                         "MoCo v3, 6 in the others)")
     if heads is None:
-        heads = 12 if width == 768 else 16
+        heads = {768: 12, 1024: 16, 1280: 16}.get(width)
+        if heads is None:
+            raise InputError(f"{path} does not say how many heads its {width}-wide network has; give {flag} (192 wide: "
+                             "12 in MAE-Lite, 6 in TinyMIM, 3 in G2SD and DeiT; 384: 12 in MAE-Lite's MAE and MoCo v3, "
+                             "6 in the others)")
         warnings.warn(f"{path} does not say how many heads its network has: {heads} are taken, as networks {width} "
                       f"wide usually have; {flag} changes it", stacklevel=3)
     return dict(image_size=[side * patch_size] * 2, patch_size=patch_size, channels=channels, width=width,
-                depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")), heads=heads,
-                last_heads=int(state.get("last_heads", heads)),
+                depth=sum(name.startswith("blocks.") and name.endswith(".mlp.fc1.weight") for name in state),
+                heads=heads, last_heads=int(state.get("last_heads", heads)),
                 mlp_ratio=hidden / width, act="gelu", qkv_bias="blocks.0.attn.qkv.bias" in state, positions="sincos",
                 pool="mean" if "fc_norm.weight" in state else "cls", mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD),
                 classes=len(state["head.weight"]) if "head.weight" in state else 0)
-
-
-def encoder_options(config: dict, **changes) -> dict:
-    """Arguments of ViT for the `config` of a file: an encoder without head, but for `changes`."""
-    return {**{name: value for name, value in config.items() if name not in ("pool", "classes")}, **changes}
 
 
 def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = ("head.",)) -> list[str]:
@@ -400,10 +386,12 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
         state["pos_embed"] = resize_positions(state["pos_embed"], grid, vit.grid)
     if vit.pool == "mean" and "fc_norm.weight" not in state:
         fresh = (*fresh, "fc_norm.")
-    other_norm = "norm." if vit.pool == "mean" else "fc_norm."
-    kept = [name for name in own if name not in state and name.startswith(fresh)]
-    missing = [name for name in own if name not in state and not name.startswith(fresh)]
-    unknown = [name for name in state if name not in own and not name.startswith((*NOT_ENCODER, other_norm))]
+    # Not ours to run: the norm of the other pooling, and the queries and keys that D2-MAE forms after the last block.
+    unused = ("norm." if vit.pool == "mean" else "fc_norm.",
+              f"blocks.{vit.depth}.norm1.", f"blocks.{vit.depth}.attn.qkv.")
+    kept = [name for name in own if name not in state]
+    missing = [name for name in kept if not name.startswith(fresh)]
+    unknown = [name for name in state if name not in own and not name.startswith(NOT_ENCODER + unused)]
     shapes = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in own
               if name in state and state[name].shape != own[name].shape]
     for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes)):
@@ -438,7 +426,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
@@ -451,22 +439,14 @@ def within(low: float, high: float = math.inf, kind: type = float) -> Callable[[
     def number(text: str) -> float:
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: expected a {number.__name__}, {low} to {high}")
+            limits = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text}: expected a {number.__name__}, {limits}")
         return value
     number.__name__ = "whole number" if kind is int else "number"  # argparse tells "invalid number value"
     return number
 
 
 share, amount, count = within(0, 1), within(0), within(1, kind=int)
-
-
-class Sides(argparse.Action):
-    """One number for both sides, or height and width."""
-
-    def __call__(self, parser, args, values, option=None):
-        if len(values) > 2:
-            parser.error(f"{option} {' '.join(map(str, values))}: expected one number, or height and width")
-        setattr(args, self.dest, [values[0], values[-1]])
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -479,7 +459,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     """A parser with the options that all scripts share."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="%(prog)s [--option value] ...   (--help explains all)", description=about,
+                                     formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument_group("data and run").add_argument
     add("--data", default="shapes", help="folder of images (train/<class>/, val/<class>/; any tree where no labels are "
         f"needed), a name of torchvision ({', '.join(TORCHVISION)}), or shapes: generated")
@@ -490,6 +471,7 @@ def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentPar
     add("--recipe", choices=recipes, help="defaults; else demo for shapes, cifar for CIFAR, imagenet for the rest")
     add("--out", help="folder for checkpoints and log; else runs/<script>-<recipe>")
     add("--resume", nargs="?", const="", metavar="PATH", help="continue the run in --out, or that in a folder or file")
+    add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
     add("--seed", type=within(0, 2**32 - 1, int), default=0, help="of all chance in the run")
     add("--workers", type=within(0, kind=int), help="processes that decode images; else by the cores")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: cuda if there is one")
@@ -504,8 +486,7 @@ def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentPar
     add("--depth", type=count, help="blocks, instead of the size's")
     add("--heads", type=count, help="attention heads, instead of the size's")
     add("--mlp-ratio", type=within(1e-6, 1e6), help="hidden width of the MLPs / width, instead of the size's")
-    add("--image-size", type=count, nargs="+", action=Sides, metavar="PIXELS",
-        help="of the input: one number, or height and width")
+    add("--image-size", type=count, nargs="+", metavar="PIXELS", help="of the input: one number, or height and width")
     add("--patch-size", type=count, help="side of a patch in pixels")
     add("--act", choices=ACTIVATIONS, help="activation in the MLPs")
     add("--qkv-bias", action=argparse.BooleanOptionalAction, help="biases in front of queries, keys and values")
@@ -542,39 +523,45 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipes: dict
     return complete(parser, argv, recipe)
 
 
+# What a file of weights fixes; and what its network was trained to see, which may change.
+NETWORK = ("width", "depth", "heads", "mlp_ratio", "patch_size", "act", "qkv_bias", "positions")
+INPUT = ("image_size", "mean", "std")
+
+
 def take_over(parser: argparse.ArgumentParser, given: Namespace, config: dict) -> None:
     """Makes the network of --init the default, and what it was trained to see. Raises InputError if a flag contradicts
     the file."""
     if given.model is not None and SIZES[given.model]["width"] != config["width"]:
         raise InputError(f"--model {given.model}: the network in --init is {config['width']} wide")
-    for name in ("width", "depth", "heads", "mlp_ratio", "patch_size", "act", "qkv_bias", "positions"):
+    for name in NETWORK:
         if getattr(given, name) not in (None, config[name]):
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {getattr(given, name)}: the network in --init has {config[name]}")
-        parser.set_defaults(**{name: config[name]})
-    parser.set_defaults(**{name: config[name] for name in ("image_size", "mean", "std")})
+    parser.set_defaults(**{name: config[name] for name in NETWORK + INPUT})
     parser.set_defaults(**{"model": name for name, size in SIZES.items() if size["width"] == config["width"]})
 
 
 def complete(parser: argparse.ArgumentParser, argv: list[str] | None, recipe: str) -> Namespace:
     """The command line with the parser's defaults, which are those of this recipe."""
     args = parser.parse_args(argv)
-    args.recipe = recipe
-    args.image_size = [args.image_size] * 2 if isinstance(args.image_size, int) else args.image_size
+    sides = [args.image_size] if isinstance(args.image_size, int) else args.image_size or [None]
+    if len(sides) > 2:
+        parser.error(f"--image-size {' '.join(map(str, sides))}: expected one number, or height and width")
+    args.recipe, args.image_size = recipe, [sides[0], sides[-1]]
     return args
 
 
 def vit_options(args: Namespace) -> dict:
     """Arguments of ViT: those of --model, but for the flags and the recipe that change a part of it."""
-    names = ("width", "depth", "heads", "mlp_ratio", "image_size", "patch_size", "act", "qkv_bias", "positions",
-             "mean", "std")
-    return {**SIZES[args.model], **{name: getattr(args, name) for name in names if getattr(args, name) is not None}}
+    changes = {name: getattr(args, name) for name in NETWORK + INPUT if getattr(args, name) is not None}
+    return {**SIZES[args.model], **changes}
 
 
 def load_init(encoder: ViT, args: Namespace) -> ViT:
     """The encoder itself, with the weights of --init where it is given."""
     if args.init is not None:
-        load_encoder(encoder, *read_encoder(args.init, args.heads))
+        state, config = read_encoder(args.init, args.heads)
+        load_encoder(encoder, state, config, fresh=("norm.",))  # a classifier that pools patches has none
     return encoder
 
 
@@ -604,6 +591,11 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def say(self, text: str) -> None:
+        """From the first process only."""
+        if self.rank == 0:
+            say(text)
 
     def send(self, values: Tensor) -> Tensor:
         """To the device. To a GPU by way of pinned memory: else the copy would wait for all that it has to do yet."""
@@ -640,7 +632,7 @@ def start(args: Namespace) -> World:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise InputError(f"--device cuda: process {device.index} of this machine finds {torch.cuda.device_count()} "
-                             "GPUs; start no more processes than there are, or choose --device cpu")
+                             "GPUs. Start no more processes than there are; without one choose --device cpu")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -667,18 +659,16 @@ def launch(main: Callable[[], None]) -> None:
     """Runs a script. An error that its user can fix is one line on stderr and status 2; no worker process is left."""
     status = 0
     try:
-        main()
+        record(main)()  # an error stands in torchrun's report, too
     except InputError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # an error of all processes is reported by the first; torchrun ends the others
         say(f"{Path(sys.argv[0]).name}: {error}")
-        get_error_handler().record_exception(error)  # so that it stands in torchrun's report, too
         status = 2
     except (KeyboardInterrupt, SystemExit) as end:
         status = getattr(end, "code", 128 + signal.SIGINT) or 0
-    except Exception as error:
+    except Exception:
         traceback.print_exc()
-        get_error_handler().record_exception(error)
         status = 1
     end_processes(multiprocessing.active_children())
     if status:  # leave at once: other processes may be inside a collective, from which only torchrun can end them
@@ -807,6 +797,8 @@ def open_folder(data: str, split: str, labels: bool, val_share: float = 0.0) -> 
         ids = np.array([number[name] for name in folders], np.int64)
     if not names:
         raise InputError(f"--data {data}: no images in {root}{'/<class>' * labels} (looked for {' '.join(SUFFIXES)})")
+    if labels and len(classes) < 2:
+        raise InputError(f"--data {data}: two classes or more are needed; {train} has the folders {', '.join(classes)}")
     return Images(np.array([os.fsencode(name) for name in names]), ids, classes, root)
 
 
@@ -873,11 +865,12 @@ def shapes(total: int, seed: int, side: int = 32) -> Images:
 
 # ---- from images to batches
 
-def random_crop(size: tuple[int, int], smallest: float, randaugment: float = 0.0) -> v2.Transform:
+def random_crop(size: tuple[int, int], smallest: float, randaugment: float = 0.0,
+                kind: type[v2.RandomResizedCrop] = v2.RandomResizedCrop) -> v2.Transform:
     """What a network sees in training: a crop of at least `smallest` of the image's area, as wide as high to 4:3 or 3:4
     (times the aspect of `size`), mirrored or not, then RandAugment; uint8 3 h w -> 3 and `size`."""
     aspect, bicubic = size[1] / size[0], v2.InterpolationMode.BICUBIC
-    crop = v2.RandomResizedCrop(size, (smallest, 1.0), (3 / 4 * aspect, 4 / 3 * aspect), bicubic)
+    crop = kind(size, (smallest, 1.0), (3 / 4 * aspect, 4 / 3 * aspect), bicubic)
     return v2.Compose([crop, v2.RandomHorizontalFlip()] + [RandAugment(randaugment)] * (randaugment > 0))
 
 
@@ -968,7 +961,7 @@ class Batches(Iterator, AbstractContextManager):
             error.__traceback__ = None  # it would keep the loader alive, in a circle
             raise InputError(told) from None
         for complaint in set(complaints) - self.complaints - {""}:
-            say(f"warning: {complaint}")
+            say(f"warning: {complaint}; the next image takes its place")
             self.complaints.add(complaint)
         self.seen += len(index)
         if len(self.complaints) > max(50, 0.01 * self.seen):
@@ -1072,7 +1065,7 @@ class Run:
         if args.resume is None:
             return
         if args.resume == "" and not path.exists():
-            return say(f"no checkpoint in {out}: a new run starts")
+            return self.world.say(f"no checkpoint in {out}: a new run starts")
         file = load_file(str(path))
         if not isinstance(file, dict) or file.get("method") != self.method:
             raise InputError(f"--resume: {path} is no checkpoint of {self.method}.py")
@@ -1101,7 +1094,7 @@ class Run:
             f"{args.epochs:g} epochs ({args.warmup_epochs:g} of warm-up), {self.last} steps of {args.batch_size}, "
             f"learning rate {self.lr:.3g}, {self.world.precision} on {self.world.size} x {args.device} -> {self.out}"
             + f", resumed at step {self.first}" * (self.first > 0))
-        if 0 < args.epochs <= args.warmup_epochs:
+        if self.first < self.last and args.epochs <= args.warmup_epochs:
             say("warning: the run ends while the learning rate still rises: give --warmup-epochs "
                 f"{args.epochs / 10:g}, or more --epochs than {args.warmup_epochs:g}")
 
@@ -1172,7 +1165,8 @@ class Run:
         self.look_at = min(step + int(ahead), step + every - step % every, self.last)
         if not all(map(math.isfinite, sums)):
             if self.main:
-                say(f"step {step}: {losses} at learning rate {self.rate:.3g}; what is saved is from before. A lower "
+                told = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+                say(f"step {step}: {told} at learning rate {self.rate:.3g}; what is saved is from before. A lower "
                     "--blr or --precision fp32 may help")
             raise SystemExit(1)
         if stop or save or step % every == 0 or step == self.last:
@@ -1334,11 +1328,11 @@ def evaluate(model: ViT, images: Images, view: Callable[[Tensor], Tensor], args:
 
 
 def print_result(result: dict[str, float], world: World) -> None:
-    """What `evaluate` found: one line, and one more for each class that is told apart."""
+    """What `evaluate` found: one line for all images, and one for each class."""
     told = [f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}"
             for name, value in result.items()]
     if world.rank == 0:
-        print_out("  ".join(text for text in told if " of " not in text), *(text for text in told if " of " in text))
+        print_out("  ".join(told[:4]), *told[4:])
 
 
 def print_out(*lines: str) -> None:

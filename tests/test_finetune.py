@@ -220,7 +220,7 @@ def test_evaluation_of_a_written_classifier_repeats_its_result(tmp_path, capsys,
     ("--data d --recipe transfer", 384, "transfer"), ("--data cifar10", 384, "cifar"), ("", 384, "demo"),
     ("--data d --protocol linear", 384, "imagenet-linear"), ("--data cifar100 --protocol linear", 192, "cifar-linear"),
     ("--protocol linear", 192, "demo-linear"), ("--data d --recipe transfer --protocol linear", 192, "imagenet-linear"),
-    ("--data d --protocol knn", 768, "imagenet")])
+    ("--data d --protocol knn", 768, "imagenet-base")])
 def test_the_recipe_follows_data_protocol_and_width(words, width, recipe):
     parser = vit.common_options("", RECIPES)
     parser.add_argument("--protocol", default="finetune")
@@ -239,4 +239,4 @@ def test_what_the_file_says_is_a_default_and_a_flag_that_contradicts_it_is_an_er
     for words, match in (("--width 32", "has 16"), ("--model tiny", "is 16 wide"), ("--heads 2 --protocol knn", "trained with 4 heads")):
         with pytest.raises(InputError, match=match):
             arguments(words)
-    assert {size["width"] for size in SIZES.values()} >= {width for _, width in finetune.CHOICES}
+    assert {size["width"] for size in SIZES.values()} >= finetune.OF_WIDTH.keys()
