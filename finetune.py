@@ -142,7 +142,7 @@ CIFAR = dict(
 # Ours: few labels, seconds on two CPU cores.
 DEMO = dict(
     model="demo", image_size=32, patch_size=4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), optimizer="adamw",
-    pool="mean", labels=500, epochs=30, warmup_epochs=2, batch_size=32, micro_batch=256, blr=8e-3, min_lr=1e-6,
+    pool="mean", labels=500, epochs=50, warmup_epochs=2, batch_size=32, micro_batch=256, blr=8e-3, min_lr=1e-6,
     weight_decay=0.05, layer_decay=0.75, drop_path=0.0, clip_grad=0.0, smoothing=0.1, mixup=0.0, cutmix=0.0,
     erasing=0.0, randaugment=0.0, crop_min=0.6, centre=1.0, eval_every=10)
 RECIPES = {

@@ -216,7 +216,7 @@ RECIPES = {
     # Ours, after finetune.py's recipes of the same names.
     "cifar-specific": dict(SPECIFIC, warmup_epochs=10, batch_size=512, micro_batch=512, drop_path=0.1, erasing=0.0,
                            crop_min=0.8, centre=1.0, eval_every=10),
-    "demo-specific": dict(SPECIFIC, labels=500, epochs=30, warmup_epochs=2, batch_size=32, blr=1.6e-2, mixup=0.0,
+    "demo-specific": dict(SPECIFIC, labels=500, epochs=50, warmup_epochs=2, batch_size=32, blr=1.6e-2, mixup=0.0,
                           cutmix=0.0, erasing=0.0, randaugment=0.0, crop_min=0.6, centre=1.0, eval_every=10),
 }
 # The authors' default students (models_mae.py): 64 channels to a head. The decoder goes with the predictor.
