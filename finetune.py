@@ -139,7 +139,7 @@ CIFAR = dict(
     epochs=200, warmup_epochs=10, batch_size=512, micro_batch=512, blr=1e-3, min_lr=1e-6, weight_decay=0.05,
     layer_decay=0.75, drop_path=0.1, clip_grad=0.0, smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.0, randaugment=9.0,
     crop_min=0.8, centre=1.0, eval_every=10)
-# Ours: few labels, seconds on two CPU cores.
+# Ours: few labels, half a minute on one CPU core.
 DEMO = dict(
     model="demo", image_size=32, patch_size=4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), optimizer="adamw",
     pool="mean", labels=500, epochs=50, warmup_epochs=2, batch_size=32, micro_batch=256, blr=8e-3, min_lr=1e-6,

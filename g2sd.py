@@ -208,7 +208,7 @@ RECIPES = {
         model="tiny", heads=12, image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False,
         positions="learned", decoder=(128, 4, 4), tokens="all", crop_min=0.6,
         epochs=800, warmup_epochs=40, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
-    # Ours: two minutes on two CPU cores.
+    # Ours: some four minutes on one CPU core.
     "demo": dict(
         model="demo", image_size=32, patch_size=4, decoder=(64, 1, 2), tokens="all", crop_min=0.6,
         epochs=8, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
@@ -385,6 +385,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.stage == "generic":
         generic(args, loaded, world)
     elif args.eval:
+        if args.image_size != loaded[1]["image_size"]:
+            raise InputError(f"--image-size: {args.init} is evaluated as it was trained, at {loaded[1]['image_size']}")
         val = open_images(args, "val", labels=True)
         model = load_trained(args.init, *loaded, val).to(world.device)
         print_result(evaluate(model, val, CentreCrop(model.image_size, args.centre), args, world), world)

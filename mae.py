@@ -12,7 +12,7 @@ of a larger MAE; with --decode-from K as well, D2-MAE: the decoder reads the nor
 blocks above learn from the teacher alone. With --recipe cifar, the small-image variant of Tan, arXiv 2402.03752: the
 loss on the visible patches is added with a small weight.
 
-Run    python mae.py                                          generated shapes, two minutes on a laptop
+Run    python mae.py                                          generated shapes, minutes on a laptop
        python mae.py --data /imagenet                         one GPU, or the CPU
        torchrun --standalone --nproc_per_node=8 mae.py --data /imagenet    eight GPUs
        python mae.py --data /imagenet --teacher mae_pretrain_vit_base.pth
@@ -274,7 +274,7 @@ RECIPES = {
         mask_ratio=0.75, norm_pix=False, visible_weight=0.1, crop_min=0.6,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         epochs=4000, warmup_epochs=400, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
-    # Ours: two minutes on two CPU cores, 2,496 steps.
+    # Ours: some three minutes on one CPU core, 2,496 steps. Plain pixels: pictures show them, and seeds differ less.
     "demo": dict(
         model="demo", image_size=32, patch_size=4, mask_ratio=0.75, norm_pix=False, visible_weight=0.0, crop_min=0.6,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),

@@ -11,7 +11,7 @@ Chen, Xie, He, arXiv 2104.02057; for ViT-Tiny with the recipe of MAE-Lite, Wang 
 tau = 0.2; m rises from 0.99 to 1. The keys k_j are those of the whole batch, on all processes. A uniform guess has the
 loss 4 tau ln(batch size).
 
-Run    python moco_v3.py                                          generated shapes, two minutes on a laptop
+Run    python moco_v3.py                                          generated shapes, minutes on a laptop
        python moco_v3.py --data /imagenet                         one GPU
        torchrun --standalone --nproc_per_node=8 moco_v3.py --data /imagenet    eight GPUs
 Writes encoder.pth (the ViT of the queries, without projector) and last.pth (all that --resume needs) every ten minutes
@@ -259,7 +259,7 @@ RECIPES = {
         hidden=4096, projection=256, temperature=0.2, momentum=0.99, freeze_patch=False,
         crop_min=0.08, blur=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         epochs=1000, warmup_epochs=40, batch_size=512, micro_batch=512, blr=3e-4, min_lr=0.0, weight_decay=0.1),
-    # Ours: two minutes on two CPU cores.
+    # Ours: some three minutes on one CPU core.
     "demo": dict(
         model="demo", image_size=32, patch_size=8, hidden=256, projection=64, temperature=0.2, momentum=0.9,
         freeze_patch=False, crop_min=0.2, blur=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),

@@ -13,7 +13,7 @@ the number of heads of its last block. The paper's other targets and inputs are 
 ImageNet-1K, fine-tuned, table 8: T 75.8, S 83.0, B 85.0 % (MAE: 71.6, 80.6, 83.6).
 
 Run    python mae.py --width 128 --heads 8 --blr 6e-3 --out runs/teacher        a teacher for the generated shapes, then
-       python tinymim.py --teacher runs/teacher/encoder.pth          two minutes on a laptop
+       python tinymim.py --teacher runs/teacher/encoder.pth          minutes on a laptop
        torchrun --standalone --nproc_per_node=8 tinymim.py --data /imagenet --model base \\
            --teacher mae_pretrain_vit_large.pth                      L -> B; its encoder.pth teaches S, and so on
 Writes encoder.pth (the student and its config) and last.pth (all that --resume needs) every ten minutes and at the end,
