@@ -361,6 +361,8 @@ def load_trained(path: str, state: dict, config: dict, images: Images) -> ViT:
     """A classifier of this script, of finetune.py or an official one. Raises InputError unless it knows the classes."""
     if config["classes"] != len(images.classes):
         raise InputError(f"{path} knows {config['classes']} classes, --data has {len(images.classes)}")
+    if (names := load_file(path).get("classes")) not in (None, images.classes):
+        raise InputError(f"{path} knows the classes {', '.join(names[:5])}, --data has {', '.join(images.classes[:5])}")
     model = SpecificStudent(config, "head_dist.weight" in state) if "dist_token" in state else ViT(**config)
     load_encoder(model, state, config, fresh=())
     return model

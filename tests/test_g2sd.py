@@ -302,6 +302,11 @@ def test_a_teacher_without_whole_decoder_is_refused_by_name(folder):
             g2sd.parse_args([*official(folder, drop), "--teacher-decoder-heads", "4"])
     with pytest.raises(InputError, match="16 wide, has: give --teacher-decoder-heads"):
         g2sd.parse_args(official(folder))
+    (folder / "named").mkdir()
+    with pytest.raises(InputError, match="classifier.pth knows the classes x, y, --data has a, b"):
+        torch.save(dict(read(folder / "classifier.pth"), classes=["x", "y"]), folder / "named" / "classifier.pth")
+        state, config = g2sd.read_encoder(str(folder / "named" / "classifier.pth"))
+        g2sd.load_trained(str(folder / "named" / "classifier.pth"), state, config, g2sd.Images(torch.zeros(2).numpy(), None, ["a", "b"]))
     with pytest.raises(InputError, match=r"--image-size: .*encoder.pth is evaluated as it was trained, at \[16, 16\]"):
         g2sd.main(f"--stage specific --init {folder}/generic/encoder.pth --eval --image-size 32 --device cpu".split())
     with pytest.raises(InputError, match="--width 64: the network in --init has 16"):
