@@ -31,8 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from vit import (IMAGENET_MEAN, IMAGENET_STD, SIZES, InputError, ViT, load_encoder, load_file, param_groups,
-                 read_encoder)
+from vit import IMAGENET_MEAN, IMAGENET_STD, SIZES, InputError, ViT, load_encoder, param_groups, read_encoder
 
 # -------------------------------------------------------------------- the method
 
@@ -114,10 +113,9 @@ def knn_hits(features: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor
 
 
 # -------------------------------------------------------------------- the recipe
-from vit import (STEP, CentreCrop, Images, Run, Views, World, amount, balanced, common_options, complete, count,
-                 default_recipe, evaluate, in_order, launch, mixing, on_command_line, open_folder, open_images,
-                 print_out, print_result, random_crop, random_erasing, share, start, take_over, torch_seed,
-                 vit_options, within)
+from vit import (STEP, CentreCrop, Images, Run, Views, World, amount, balanced, classes_of, common_options, complete,
+                 count, default_recipe, evaluate, in_order, launch, mixing, on_command_line, open_folder, open_images,
+                 print_result, random_crop, random_erasing, share, start, take_over, torch_seed, vit_options, within)
 
 # MAE-Lite's improved recipe (projects/eval_tools/finetuning_exp.py); layer decay 0.75 for small (SMALL.md).
 LIGHT = dict(
@@ -203,13 +201,17 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | N
         if "dist_token" in weights[0]:
             raise InputError(f"--init {given.init} has a distillation token: g2sd.py --stage specific --eval takes it")
         take_over(parser, given, {**weights[1], "heads": given.heads or weights[1]["heads"]})
+        if (given.reuse or 0) > weights[1]["depth"]:
+            raise InputError(f"--reuse {given.reuse}: {given.init} has {weights[1]['depth']} blocks")
     if np.max(given.image_size or parser.get_default("image_size")) > 224:
         parser.set_defaults(centre=1.0)  # as MAE sees larger images whole (util/datasets.py)
     args = complete(parser, argv, recipe)
     if weights is None and (args.eval or args.predict or args.reuse is not None or args.protocol != "finetune"):
         raise InputError("--eval, --predict, --reuse, --protocol linear and knn need --init, the file with the weights")
-    if args.by_class and not args.eval:
-        raise InputError("--by-class needs --eval")
+    if args.by_class and not args.eval or args.predict and (args.eval or args.resume):
+        raise InputError("--by-class needs --eval; --predict stands alone")
+    if given.labels and (args.eval or args.predict):
+        raise InputError("--labels is for training and k-NN")
     return args, weights
 
 
@@ -282,7 +284,8 @@ def main(argv: list[str] | None = None) -> None:
         return predict(args, *weights, world)
     val = open_images(args, "val", labels=True)
     if args.eval:
-        model = load_classifier(args, *weights, val.classes).to(world.device)
+        classes_of(args.init, weights[1], val.classes)
+        model = load_classifier(args, *weights).to(world.device)
         centre = CentreCrop(model.image_size, args.centre)
         return print_result(evaluate(model, val, centre, args, world, args.by_class), world)
     images = open_images(args, "train", labels=True)
@@ -310,6 +313,8 @@ def train(model: ViT, told: str, images: Images, val: Images, args: Namespace, w
     centre, mix = CentreCrop(model.image_size, args.centre), mixing(args.mixup, args.cutmix, len(images.classes))
     with run.batches(views) as batches:
         for step in run.steps(batches):
+            if step > 1 and (step - 1) % (run.per_epoch * args.eval_every) == 0:
+                run.evaluate(step - 1, val, centre)
             for part in range(1, run.parts + 1):
                 pixels, _, index = next(batches)                                        # B C h w in 0..1; on the host B
                 labels = world.send(torch.from_numpy(images.labels[index]))             # B
@@ -331,22 +336,11 @@ def train(model: ViT, told: str, images: Images, val: Images, args: Namespace, w
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            if step % (run.per_epoch * args.eval_every) == 0 and step < run.last:
-                run.look(step, save=True)  # first, for an evaluation may take long, or meet an image that is broken
-                run.write(step, **evaluate(model, val, centre, args, world))
-    result = evaluate(model, val, centre, args, world)
-    run.write(run.last, **result)
-    print_result(result, world)
+    print_result(run.evaluate(run.last, val, centre), world)
 
 
-def load_classifier(args: Namespace, state: dict, config: dict, classes: list[str] | None = None) -> ViT:
-    """A classifier that this script wrote, or an official one. Raises InputError if its classes are not the data's."""
-    if not config["classes"]:
-        raise InputError(f"--init {args.init} is no classifier but an encoder")
-    known = load_file(args.init).get("classes") or [None] * config["classes"]
-    if classes is not None and (len(known) != len(classes) or known != classes and known[0] is not None):
-        raise InputError(f"--init {args.init} knows {len(known)} classes ({', '.join(map(str, known[:3]))}, ...), "
-                         f"--data {args.data} has {len(classes)} ({', '.join(classes[:3])}, ...)")
+def load_classifier(args: Namespace, state: dict, config: dict) -> ViT:
+    """A classifier that this script wrote, or an official one."""
     model = ViT(**dict(config, image_size=args.image_size))
     if "head.1.weight" in state:
         model.head = probe_head(model.width, config["classes"])
@@ -357,12 +351,12 @@ def load_classifier(args: Namespace, state: dict, config: dict, classes: list[st
 @torch.no_grad()
 def predict(args: Namespace, state: dict, config: dict, world: World) -> None:
     """Prints a table, separated by tabs: file, class, its probability. What cannot be read is told and left out."""
+    classes = classes_of(args.init, config)
     model = load_classifier(args, state, config).to(world.device).eval()
-    classes = load_file(args.init).get("classes") or range(config["classes"])
     images = replace(open_folder(args.predict, "", False), enough=4 * max(args.image_size))
     if world.size > 1:
         raise InputError("--predict is for one process")
-    print_out("file\tclass\tprobability")
+    print("file\tclass\tprobability")
     views, wanted = Views(images, CentreCrop(model.image_size, args.centre), args.seed), iter(range(len(images)))
     with in_order(views, args, world) as batches:
         for pixels, _, index in batches:
@@ -371,7 +365,7 @@ def predict(args: Namespace, state: dict, config: dict, world: World) -> None:
             best = logits.float().softmax(1).max(1)
             for i, probability, label in zip(index, best.values.tolist(), best.indices.tolist(), strict=True):
                 if i == next(wanted):  # else it stands for one that cannot be read
-                    print_out(f"{os.fsdecode(images.items[i])}\t{classes[label]}\t{probability:.4f}")
+                    print(f"{os.fsdecode(images.items[i])}\t{classes[label]}\t{probability:.4f}")
 
 
 @torch.no_grad()

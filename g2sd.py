@@ -189,9 +189,9 @@ def nkd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
 
 
 # -------------------------------------------------------------------- the recipe
-from vit import (STEP, CentreCrop, Images, Run, Views, World, amount, balanced, common_options, count, default_recipe,
-                 evaluate, launch, load_init, mixing, open_images, parse, print_result, random_crop, random_erasing,
-                 say, say_next, share, start, torch_seed, vit_options, within)
+from vit import (STEP, CentreCrop, Images, Run, Views, World, amount, balanced, classes_of, common_options, count,
+                 default_recipe, evaluate, launch, load_init, mixing, open_images, parse, print_result, random_crop,
+                 random_erasing, say, say_next, share, start, torch_seed, vit_options, within)
 
 # The authors' SD.sh and main_finetune_dis.py, ViT-S.
 SPECIFIC = dict(
@@ -309,14 +309,18 @@ def load_mae(args: Namespace) -> tuple[MaskedViT, dict, float]:
                and "decoder_norm." not in name and "decoder_pred." not in name}         # these two are never run
     trained = file["args"] if isinstance(file.get("args"), dict) else {}  # ours; in official files a Namespace
     ratio = trained.get("mask_ratio", 0.75) if args.mask_ratio is None else args.mask_ratio
-    width = len(decoder["decoder_embed.weight"])
+    width, said = len(decoder["decoder_embed.weight"]), trained.get("decoder")
     depth = len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")})
-    heads = args.teacher_decoder_heads or (trained.get("decoder") or [0, 0, 16 if width == 512 else 0])[2]  # 16: MAE's
+    usual = 16 if width == 512 else 0  # MAE's
+    heads = args.teacher_decoder_heads or (said[2] if isinstance(said, (list, tuple)) and len(said) == 3 else usual)
     if not heads:
         raise InputError(f"--teacher {args.teacher} does not say how many heads its decoder, {width} wide, has: give "
                          "--teacher-decoder-heads (3 or 6 in MAE-Lite's, 96 or 192 wide)")
     encoder = ViT(**dict(config, pool="cls", classes=0))
-    teacher = MaskedViT(encoder, (width, depth, heads), ratio, trained.get("decoder_config"))
+    try:
+        teacher = MaskedViT(encoder, (width, depth, heads), ratio, trained.get("decoder_config"))
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"--teacher {args.teacher}: its settings do not describe its decoder: {error}") from None
     load_encoder(teacher.encoder, state, config, fresh=())
     own = {(name, x.shape) for name, x in teacher.state_dict().items() if not name.startswith("encoder.")}
     if wrong := {name for name, _ in own ^ {(name, x.shape) for name, x in decoder.items()}}:
@@ -359,10 +363,7 @@ def build_specific(args: Namespace, state: dict, config: dict, classes: int) -> 
 
 def load_trained(path: str, state: dict, config: dict, images: Images) -> ViT:
     """A classifier of this script, of finetune.py or an official one. Raises InputError unless it knows the classes."""
-    if config["classes"] != len(images.classes):
-        raise InputError(f"{path} knows {config['classes']} classes, --data has {len(images.classes)}")
-    if (names := load_file(path).get("classes")) not in (None, images.classes):
-        raise InputError(f"{path} knows the classes {', '.join(names[:5])}, --data has {', '.join(images.classes[:5])}")
+    classes_of(path, config, images.classes)
     model = SpecificStudent(config, "head_dist.weight" in state) if "dist_token" in state else ViT(**config)
     load_encoder(model, state, config, fresh=())
     return model
@@ -442,6 +443,8 @@ def specific(args: Namespace, state: dict, config: dict, world: World) -> None:
     centre, mix = CentreCrop(model.image_size, args.centre), mixing(args.mixup, args.cutmix, len(images.classes))
     with run.batches(views) as batches:
         for step in run.steps(batches):
+            if step > 1 and (step - 1) % (run.per_epoch * args.eval_every) == 0:
+                run.evaluate(step - 1, val, centre)
             for part in range(1, run.parts + 1):
                 pixels, _, index = next(batches)                                        # B C h w in 0..1; on the host B
                 labels = world.send(torch.from_numpy(images.labels[index]))             # B
@@ -460,12 +463,7 @@ def specific(args: Namespace, state: dict, config: dict, world: World) -> None:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            if step % (run.per_epoch * args.eval_every) == 0 and step < run.last:
-                run.look(step, save=True)  # first, for an evaluation may take long, or meet an image that is broken
-                run.write(step, **evaluate(model, val, centre, args, world))
-    result = evaluate(model, val, centre, args, world)
-    run.write(run.last, **result)
-    print_result(result, world)
+    print_result(run.evaluate(run.last, val, centre), world)
 
 
 if __name__ == "__main__":

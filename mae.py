@@ -24,6 +24,7 @@ Letters in shape comments: B images, C channels, h and w height and width in pix
        n kept patches, L = 1 + n tokens, D encoder width, E decoder width, H heads, d = D / H
 """
 from argparse import BooleanOptionalAction, Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -254,7 +255,7 @@ def attention_scores(vit: ViT, images: Tensor, keep: Tensor, layers: list[int]) 
 
 # -------------------------------------------------------------------- the recipe
 from vit import (CentreCrop, Images, Run, Views, World, amount, common_options, count, launch, load_init, open_images,
-                 parse, random_crop, say, say_next, share, start, vit_options)
+                 parse, random_crop, say, say_next, share, start, vit_options, write_file)
 
 # batch_size counts the images of all processes, micro_batch those that one holds at once. The learning rate rises over
 # warmup_epochs to blr * batch_size / 256, and falls along half a cosine to min_lr.
@@ -297,11 +298,14 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--teacher", help="file of a pre-trained MAE encoder: ours or an official one")
     add("--teacher-heads", type=count, help="heads of the teacher, where its file does not say")
     add("--distill-layers", type=count, nargs="+", help="blocks whose scores are compared, from 1; else the last")
-    add("--distill-weight", type=amount, default=1.0, help="weight of the attention term")
+    add("--distill-weight", type=amount, help="weight of the attention term; else 1")
     add("--decode-from", type=count, help="D2-MAE: the decoder reads the state after this block (MAE-Lite: 8 of 12), "
         "and the blocks above it learn from the teacher alone")
     args = parse(parser, argv, RECIPES)
     args.decoder = args.decoder or DECODERS.get(args.model, (512, 8, 16))  # noted in last.pth, for g2sd.py
+    for name in ("teacher_heads", "distill_layers", "distill_weight", "decode_from"):
+        if args.teacher is None and getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} needs --teacher")
     return args
 
 
@@ -312,8 +316,6 @@ def build(args: Namespace, teacher: ViT | None) -> MaskedAutoencoder:
     options = dict(mask_ratio=args.mask_ratio, norm_pix=args.norm_pix, visible_weight=args.visible_weight,
                    decoder_config=args.decoder_config)
     if teacher is None:
-        if args.decode_from:
-            raise InputError("--decode-from (D2-MAE) needs --teacher")
         return MaskedAutoencoder(encoder, args.decoder, **options)
     layers = args.distill_layers or [encoder.depth]
     if encoder.grid != teacher.grid or encoder.depth != teacher.depth:
@@ -322,7 +324,7 @@ def build(args: Namespace, teacher: ViT | None) -> MaskedAutoencoder:
     if max(layers) > encoder.depth:
         raise InputError(f"--distill-layers {layers}: there are blocks 1 to {encoder.depth}")
     options.update(teacher_heads=[teacher.blocks[layer - 1].attn.heads for layer in layers], layers=layers,
-                   weight=args.distill_weight)
+                   weight=1.0 if args.distill_weight is None else args.distill_weight)
     if args.decode_from is None:
         return DistilledMAE(encoder, args.decoder, **options)
     return DecoupledMAE(encoder, args.decoder, decode_from=args.decode_from, **options)
@@ -407,10 +409,10 @@ def save_reconstructions(model: MaskedAutoencoder, images: Images, args: Namespa
     larger = -(-96 // min(encoder.image_size))  # small images would not be seen
     tiles = tiles.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
     try:
-        path.parent.mkdir(exist_ok=True)
-        save_image(make_grid(tiles, nrow=2 * len(columns), padding=4, pad_value=1.0), path)
-    except OSError as error:  # no reason to end a training
-        say(f"warning: {path} cannot be written: {error}")
+        picture = make_grid(tiles, nrow=2 * len(columns), padding=4, pad_value=1.0)
+        write_file(partial(save_image, picture, format="png"), path)
+    except InputError as error:  # no reason to end a training
+        say(f"warning: {error}")
     return errors
 
 

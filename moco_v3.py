@@ -25,6 +25,7 @@ import math
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -242,7 +243,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------- the recipe
 from vit import (Run, Views, World, common_options, count, launch, load_init, open_images, parse, parts_of_batch,
-                 random_crop, say, say_next, share, start, vit_options, within)
+                 random_crop, say, say_next, share, start, vit_options, within, write_file)
 
 RECIPES = {
     # MAE-Lite's ViT-Tiny (projects/mocov3/mocov3_exp.py); there warm-up starts at 1e-6, here at 0; crops are bilinear,
@@ -346,9 +347,10 @@ def main(argv: list[str] | None = None) -> None:
 def save_pairs(pair: list[Tensor], path: Path) -> None:
     """Writes 32 pairs of views: what the network is told to be the same."""
     try:
-        save_image(torch.stack([view[:32] for view in pair], dim=1).flatten(0, 1), path, pad_value=1.0)
-    except OSError as error:  # no reason to end a training
-        say(f"warning: {path} cannot be written: {error}")
+        picture = torch.stack([view[:32] for view in pair], dim=1).flatten(0, 1)
+        write_file(partial(save_image, picture, format="png", pad_value=1.0), path)
+    except InputError as error:  # no reason to end a training
+        say(f"warning: {error}")
 
 
 if __name__ == "__main__":

@@ -183,10 +183,10 @@ class ViT(nn.Module):
         state, config = read_encoder(path, heads, "heads=")
         if "dist_token" in state or "head.1.weight" in state:
             raise InputError(f"{path}: a student of G2SD or a linear probe: only the script that wrote it builds it")
-        if "classes" in changes:  # a head of its own
-            state = {name: value for name, value in state.items() if not name.startswith("head.")}
+        fresh = ("head.",) if "classes" in changes else ()
+        state = {name: value for name, value in state.items() if not name.startswith(fresh)}
         vit = cls(**{**config, **changes})
-        load_encoder(vit, state, config, fresh=("head.",) if "classes" in changes else ())
+        load_encoder(vit, state, config, fresh)
         return vit.eval()
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -298,15 +298,27 @@ OTHER_ENCODERS = ("momentum_encoder.", "tch_model.")
 
 
 def load_file(path: str) -> dict:
-    """A file of `torch.save` with nothing but tensors and plain types in it. Raises InputError if it is none."""
+    """A file of `torch.save` of tensors and plain types. Raises InputError if it is none, or not finite."""
+    if not os.path.isfile(path):  # to open a pipe would wait
+        raise InputError(f"{path or 'an empty path'}: no such file")
     try:
         with torch.serialization.safe_globals([Namespace]):  # official files carry their arguments as one
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+            file = torch.load(path, map_location="cpu", weights_only=True)
+        broken = first_not_finite(file)
     except Exception as error:  # whatever a torn, foreign or malicious file can raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a readable checkpoint ({reason[:120]})") from None
+        kind = "it holds objects that are not loaded" if "GLOBAL" in str(error) else "it is damaged, or of another kind"
+        raise InputError(f"{path}: not a readable checkpoint: {kind} ({type(error).__name__})") from None
+    if broken:
+        raise InputError(f"{path}: {broken} is not finite")
+    return file
+
+
+def first_not_finite(content, name: str = "") -> str | None:
+    """Name of a tensor in nested dictionaries and lists."""
+    if isinstance(content, (dict, list)):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        return next(filter(None, (first_not_finite(value, f"{name}.{key}".strip(".")) for key, value in items)), None)
+    return (name or "it") if isinstance(content, Tensor) and not content.isfinite().all() else None
 
 
 def weights_of(file: dict) -> dict:
@@ -329,15 +341,40 @@ def read_encoder(path: str, heads: int | None = None, flag: str = "--heads",
     prefixes = [name.removesuffix("cls_token") for name in names if name.endswith("cls_token")]
     prefixes = [prefix for prefix in prefixes if not any(word in prefix for word in OTHER_ENCODERS)]
     if len(prefixes) != 1:
-        raise InputError(f"{path}: expected one Vision Transformer, found {len(prefixes)} (looked for `cls_token`; "
-                         f"the first names are {names[:3]})")
+        raise InputError(f"{path}: expected one `cls_token`, as of a ViT, found {len(prefixes)}; names: {names[:3]}")
     state = {name.removeprefix(prefixes[0]): state[name] for name in names if name.startswith(prefixes[0])}
+    if wrong := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise InputError(f"{path}: {wrong[0]} is no tensor")
     config = file.get("config")
-    if not isinstance(config, dict) or "heads" not in config:
+    if config is None:
         return state, guess_config(state, heads, path, flag)
+    check_config(config, state, path)
     if heads not in (None, config["heads"]) and not other_heads:
         raise InputError(f"{flag} {heads}: {path} was trained with {config['heads']} heads")
     return state, dict(config)
+
+
+def check_config(config: dict, state: dict, path: str) -> None:
+    """Raises InputError unless this is the config of a network with these weights: nothing larger is ever built."""
+    try:
+        if config["depth"] != sum(name.endswith(".mlp.fc1.weight") for name in state if name.startswith("blocks.")):
+            raise InputError(f"{config['depth']} blocks")
+        with torch.device("meta"):  # shapes without memory
+            vit = ViT(**config)
+        own = vit.state_dict()
+        odd = [f"{name} {tuple(x.shape)}" for name, x in state.items() if name in own and x.shape != own[name].shape]
+        kinds = {"qkv_bias": (bool,), "mlp_ratio": (int, float)}
+        odd += [name for name, value in vit.config.items()
+                if value != config[name] or type(value) not in kinds.get(name, (int, str, list))]
+        probe = state.get("head.1.weight", ()) if config["classes"] else ()  # else it is of MoCo v3's projector
+        right = (config["classes"] == len(state.get("head.weight", probe)), min(config["std"]) > 0,
+                 min(config["heads"], config["last_heads"]) > 0,
+                 len(config["mean"]) == len(config["std"]) == config["channels"])
+        if odd or not all(right):
+            raise InputError(", ".join(odd[:5]) or "classes, heads, mean or std")
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        told = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise InputError(f"{path}: its config does not fit its weights, or is of a newer version: {told}") from None
 
 
 def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
@@ -345,15 +382,14 @@ def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
     name, for relatives of ViT that are none."""
     if relative := [name for name in state if "relative_position" in name]:
         raise InputError(f"{path}: a network with relative positions ({relative[0]}), which are not known here")
-    rows = state["pos_embed"].shape[1] if "pos_embed" in state else 1
-    if "dist_token" in state and math.isqrt(rows - 1) ** 2 != rows - 1:
-        raise InputError(f"{path}: a distilled DeiT: its second token, with {rows} positions, is not known here")
     try:
         width, channels, patch_size = state["patch_embed.proj.weight"].shape[:3]
-        side = math.isqrt(state["pos_embed"].shape[1] - 1)
-        hidden = len(state["blocks.0.mlp.fc1.weight"])
-    except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
+        rows, ratio = state["pos_embed"].shape[1], len(state["blocks.0.mlp.fc1.weight"]) / width
+        side, last_heads = math.isqrt(rows - 1), int(state.get("last_heads", 0))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the weights of a plain Vision Transformer ({error})") from None
+    if side ** 2 != rows - 1 or rows == 1:
+        raise InputError(f"{path}: a distilled DeiT or an oblong image: {rows} positions are not 1 + a square")
     if heads is None:
         heads = {768: 12, 1024: 16, 1280: 16}.get(width)
         if heads is None:
@@ -364,10 +400,10 @@ def guess_config(state: dict, heads: int | None, path: str, flag: str) -> dict:
                       f"wide usually have; {flag} changes it", stacklevel=3)
     return dict(image_size=[side * patch_size] * 2, patch_size=patch_size, channels=channels, width=width,
                 depth=sum(name.startswith("blocks.") and name.endswith(".mlp.fc1.weight") for name in state),
-                heads=heads, last_heads=int(state.get("last_heads", heads)),
-                mlp_ratio=hidden / width, act="gelu", qkv_bias="blocks.0.attn.qkv.bias" in state, positions="sincos",
+                heads=heads, last_heads=last_heads or heads,
+                mlp_ratio=ratio, act="gelu", qkv_bias="blocks.0.attn.qkv.bias" in state, positions="sincos",
                 pool="mean" if "fc_norm.weight" in state else "cls", mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD),
-                classes=len(state["head.weight"]) if "head.weight" in state else 0)
+                classes=next((len(state[name]) for name in ("head.weight", "head.1.weight") if name in state), 0))
 
 
 def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = ("head.",)) -> list[str]:
@@ -380,9 +416,6 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
     state, own = dict(state), vit.state_dict()
     if "pos_embed" in state:
         grid = tuple(side // config["patch_size"] for side in config["image_size"])
-        if state["pos_embed"].shape[1] != 1 + grid[0] * grid[1]:
-            raise InputError(f"`pos_embed` has {state['pos_embed'].shape[1]} rows: not a class token and a "
-                             f"{grid[0]} x {grid[1]} grid of patches")
         state["pos_embed"] = resize_positions(state["pos_embed"], grid, vit.grid)
     if vit.pool == "mean" and "fc_norm.weight" not in state:
         fresh = (*fresh, "fc_norm.")
@@ -406,10 +439,15 @@ def load_encoder(vit: ViT, state: dict, config: dict, fresh: tuple[str, ...] = (
 # -> Batches (on the device, as floats) -> the loop. All that is random about it follows from (seed, epoch, image), the
 # order from (seed, epoch): neither interruptions nor the number of processes and workers change what is learned.
 import argparse
+import fcntl
 import hashlib
+import io
 import json
 import multiprocessing
 import os
+import platform
+import secrets
+import select
 import shlex
 import signal
 import sys
@@ -417,9 +455,10 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import tee, zip_longest
 from pathlib import Path
 
@@ -446,7 +485,7 @@ def within(low: float, high: float = math.inf, kind: type = float) -> Callable[[
     return number
 
 
-share, amount, count = within(0, 1), within(0), within(1, kind=int)
+share, amount, count = within(0, 1), within(0), within(1, 10**9, int)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -470,7 +509,7 @@ def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentPar
         "evaluation, by the names of the files; give it to every command")
     add("--recipe", choices=recipes, help="defaults; else demo for shapes, cifar for CIFAR, imagenet for the rest")
     add("--out", help="folder for checkpoints and log; else runs/<script>-<recipe>")
-    add("--resume", nargs="?", const="", metavar="PATH", help="continue the run in --out, or that in a folder or file")
+    add("--resume", nargs="?", const=True, metavar="PATH", help="continue the run in --out, or in a folder or file")
     add("--crop-min", type=share, help="smallest share of an image's area in a random crop")
     add("--seed", type=within(0, 2**32 - 1, int), default=0, help="of all chance in the run")
     add("--workers", type=within(0, kind=int), help="processes that decode images; else by the cores")
@@ -483,7 +522,7 @@ def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentPar
     add("--init", help="weights to start from, with their network: encoder.pth of any script, or an official file")
     add("--model", choices=SIZES, help="size of the network")
     add("--width", type=count, help="channels of a token, instead of the size's")
-    add("--depth", type=count, help="blocks, instead of the size's")
+    add("--depth", type=within(1, 1000, int), help="blocks, instead of the size's")
     add("--heads", type=count, help="attention heads, instead of the size's")
     add("--mlp-ratio", type=within(1e-6, 1e6), help="hidden width of the MLPs / width, instead of the size's")
     add("--image-size", type=count, nargs="+", metavar="PIXELS", help="of the input: one number, or height and width")
@@ -492,7 +531,7 @@ def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentPar
     add("--qkv-bias", action=argparse.BooleanOptionalAction, help="biases in front of queries, keys and values")
     add("--positions", choices=["sincos", "learned"], help="of the tokens: a fixed table, or learned")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=amount, help="passes over the images")
+    add("--epochs", type=within(0, 1e6), help="passes over the images")
     add("--warmup-epochs", type=amount, help="epochs over which the learning rate rises from 0")
     add("--batch-size", type=count, help="images per update, on all processes together")
     add("--micro-batch", type=count, help="most images that one process holds at once; a larger share is accumulated")
@@ -529,8 +568,7 @@ INPUT = ("image_size", "mean", "std")
 
 
 def take_over(parser: argparse.ArgumentParser, given: Namespace, config: dict) -> None:
-    """Makes the network of --init the default, and what it was trained to see. Raises InputError if a flag contradicts
-    the file."""
+    """Makes the network of --init, and what it saw in training, the defaults. Raises InputError if a flag differs."""
     if given.model is not None and SIZES[given.model]["width"] != config["width"]:
         raise InputError(f"--model {given.model}: the network in --init is {config['width']} wide")
     for name in NETWORK:
@@ -544,9 +582,11 @@ def take_over(parser: argparse.ArgumentParser, given: Namespace, config: dict) -
 def complete(parser: argparse.ArgumentParser, argv: list[str] | None, recipe: str) -> Namespace:
     """The command line with the parser's defaults, which are those of this recipe."""
     args = parser.parse_args(argv)
-    sides = [args.image_size] if isinstance(args.image_size, int) else args.image_size or [None]
+    sides = np.ravel(args.image_size).tolist()  # of a number, a list or None
     if len(sides) > 2:
         parser.error(f"--image-size {' '.join(map(str, sides))}: expected one number, or height and width")
+    if empty := [name for name, value in vars(args).items() if value == ""]:
+        parser.error(f"--{empty[0].replace('_', '-')} is empty")
     args.recipe, args.image_size = recipe, [sides[0], sides[-1]]
     return args
 
@@ -598,7 +638,7 @@ class World:
             say(text)
 
     def send(self, values: Tensor) -> Tensor:
-        """To the device. To a GPU by way of pinned memory: else the copy would wait for all that it has to do yet."""
+        """To the device. To a GPU by way of pinned memory: else the copy would wait until it has done all its work."""
         values = values.pin_memory() if self.device.type == "cuda" else values  # as it is, where it is pinned already
         return values.to(self.device, non_blocking=True)
 
@@ -617,14 +657,18 @@ class World:
         return wrapped.no_sync() if self.size > 1 and not now else nullcontext()
 
 
+MEETING = 120  # seconds in which the processes have to find one another
+
+
 def start(args: Namespace) -> World:
     """Joins the processes that torchrun started, or is alone; settles args.device, args.precision and args.workers.
     Raises InputError for a device that is not there or an environment that torchrun did not make."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in names if name in os.environ]
-    if 0 < len(given) < len(names):
-        raise InputError(f"the environment has {', '.join(given)} but not all of {', '.join(names)}: start several "
-                         "processes by torchrun, or unset these for a single one")
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+    given = ", ".join(f"{name}={os.environ[name]}" for name in (*names, "LOCAL_WORLD_SIZE") if name in os.environ)
+    numbers = [os.environ.get(name, "") for name in names[1:]] + [os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    if given and not (os.environ.get("MASTER_ADDR") and all(map(str.isdecimal, numbers))):
+        raise InputError(f"{given} in the environment: expected {', '.join(names)}, whole numbers but for the first: "
+                         "start several processes by torchrun, or unset these for a single one")
     device, best = torch.device("cpu"), "fp32"
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -642,41 +686,93 @@ def start(args: Namespace) -> World:
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = cores if args.device == "cuda" else cores // 4  # the others have to train
-        args.workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if given:
-        backend, bound_to = ("nccl", device) if args.device == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(minutes=20), device_id=bound_to)
-    return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device, args.precision)
+        args.workers = min(16, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if not given:
+        return World(0, 1, device, args.precision)
+    backend, bound_to = ("nccl", device) if args.device == "cuda" else ("gloo", None)
+    try:  # later, one may be busy while the others wait
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=20),
+                                device_id=bound_to)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"the processes do not find one another ({given}): {str(error).splitlines()[0]}") from None
+    return World(rank, size, device, args.precision)
 
 
 def say(text: str) -> None:
-    """To stderr, above a progress bar, if anyone still reads it: a closed pipe must not end a training."""
-    with suppress(OSError):
-        tqdm.write(text, file=sys.stderr)
+    """To stderr, above a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class Enduring(io.FileIO):
+    """An open file to which writing never fails: nobody who stops reading, and no full disk, may end a training. What
+    was lost is noted."""
+    lost = ""
+    wait: float | None = None  # seconds for a full pipe to be read; None: as long as it takes
+
+    def write(self, data: bytes) -> int:
+        if self.wait is not None:
+            self.wait = 5.0 if select.select([], [self], [], self.wait)[1] else 0.0
+        try:
+            return len(data) if self.wait == 0 else super().write(data) or len(data)
+        except OSError as error:
+            self.lost = str(error)
+            return len(data)
 
 
 def launch(main: Callable[[], None]) -> None:
     """Runs a script. An error that its user can fix is one line on stderr and status 2; no worker process is left."""
-    status = 0
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # no file of ours takes the place of a stream that was closed
+        pass
+    os.close(number)
+    results, messages = (Enduring(number, "w", closefd=False) for number in (1, 2))
+    messages.wait = 5.0
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.BufferedWriter(file), errors=how, line_buffering=True)
+        for file, how in ((results, "surrogateescape"), (messages, "backslashreplace")))  # names of files as they are
+    for number in heeded((signal.SIGTERM, signal.SIGHUP)):
+        signal.signal(number, leave)
     try:
-        record(main)()  # an error stands in torchrun's report, too
-    except InputError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # an error of all processes is reported by the first; torchrun ends the others
-        say(f"{Path(sys.argv[0]).name}: {error}")
-        status = 2
-    except (KeyboardInterrupt, SystemExit) as end:
-        status = getattr(end, "code", 128 + signal.SIGINT) or 0
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    end_processes(multiprocessing.active_children())
+        status = run_main(main)
+        end_processes(multiprocessing.active_children())
+        if results.lost:
+            say(f"{Path(sys.argv[0]).name}: results were lost on their way to stdout: {results.lost}")
+            status = status or 1
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     if status:  # leave at once: other processes may be inside a collective, from which only torchrun can end them
-        with suppress(OSError):
-            sys.stdout.flush()
         os._exit(status)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(number: int, frame) -> None:
+    """What a signal does where no training has to be saved: the first one ends the program, more change nothing."""
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda *values: os._exit(128 + number))  # where the error below does not get through
+    signal.alarm(9)
+    raise SystemExit(128 + number)
+
+
+def run_main(main: Callable[[], None]) -> int:
+    """The status of the program: 0, 2 after an error that its user can fix, 1 after any other, or as `main` says."""
+    try:
+        record(main)()  # an error stands in torchrun's report, too
+        return 0
+    except SystemExit as end:
+        return end.code or 0
+    except Exception as error:
+        told = str(error)
+        if isinstance(error, MemoryError) or "out of memory" in told or "t allocate memory" in told:
+            told = f"out of memory: try a smaller --micro-batch or --model ({told.strip().splitlines()[0][:120]})"
+        elif not isinstance(error, InputError):
+            traceback.print_exc()
+            return 1
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # an error of all processes is reported by the first; torchrun ends the others
+        say(f"{Path(sys.argv[0]).name}: {told}")
+        return 2
 
 
 def end_processes(processes: list[multiprocessing.Process]) -> None:
@@ -687,10 +783,18 @@ def end_processes(processes: list[multiprocessing.Process]) -> None:
         process.join(5)
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # from a user, a scheduler, a terminal that was closed
+
+
+def heeded(numbers: tuple[int, ...]) -> list[int]:
+    """Those that the program was not started to ignore, as SIGHUP by nohup."""
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+
 def leave_signals_alone(worker: int) -> None:
-    """In a worker: Ctrl-C and SIGTERM reach the whole group, but the training process decides what follows."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """In a worker: they reach the whole group, but the training process decides what follows."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---- chance and images
@@ -706,6 +810,7 @@ def torch_seed(*place: int) -> int:
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")  # what such a file may be, whatever its name says
 # name: (class in torchvision.datasets, options for training, for evaluation, and for pre-training if others)
 TORCHVISION = {
     "cifar10": ("CIFAR10", [dict(train=True)], [dict(train=False)]),
@@ -736,6 +841,14 @@ class Images:
     def subset(self, index: np.ndarray) -> "Images":
         return replace(self, items=self.items[index], labels=None if self.labels is None else self.labels[index])
 
+    def content(self) -> str:
+        """How many they are, and by what they are known again: names, labels and classes; in memory shape, labels and
+        every hundredth image."""
+        digest = hashlib.sha1(repr((self.items.shape, self.classes)).encode())
+        for values in (self.items if self.items.ndim == 1 else self.items[::100], self.labels):
+            digest.update(b"" if values is None else np.ascontiguousarray(values))
+        return f"{len(self)} images {digest.hexdigest()[:12]}"
+
     def open(self, i: int) -> Tensor:
         """Image i, uint8 3 h w; in memory the colours of a pixel stay together, so torch resizes it twice as fast.
         Raises InputError, with its path, if it cannot be read."""
@@ -743,20 +856,25 @@ class Images:
             return torch.from_numpy(self.items[i]).permute(2, 0, 1)
         path = os.path.join(self.root, os.fsdecode(bytes(self.items[i])))
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if self.enough:
                     image.draft("RGB", (self.enough, self.enough))
+                ImageOps.exif_transpose(image, in_place=True)
                 return v2.functional.pil_to_tensor(to_rgb(image))
-        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:  # of Pillow
-            raise InputError(f"{path}: cannot be read ({error})") from None
+        except Exception as error:  # decoders raise errors of every kind
+            raise InputError(f"{path}: cannot be read ({error or type(error).__name__})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as RGB. 16-bit and float grey is scaled to 0..255, as Pillow would clip it to white."""
+    """Any image as RGB: what is transparent becomes white; 16-bit and float grey is scaled to 0..255, as Pillow would
+    clip it to white."""
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image, np.float32)
-        top = 65535 if image.mode.startswith("I;16") or grey.max() > 255 else 1 if grey.max() <= 1 else 255
+        top = 65535 if image.mode != "F" or grey.max() > 255 else 1 if grey.max() <= 1 else 255
         image = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy it
 
 
@@ -810,12 +928,23 @@ def for_evaluation(names: list[str], share: float) -> set[str]:
     return {name for some in classes.values() for name in some[:min(max(1, round(share * len(some))), len(some) - 1)]}
 
 
-def find_images(root: str) -> Iterator[str]:
-    """Names of the images below a folder, relative to it."""
-    for where, folders, files in os.walk(root, onerror=refuse_folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        inside = os.path.relpath(where, root) + "/" if where != root else ""
-        yield from (inside + name for name in files if name.lower().endswith(SUFFIXES) and name[0] != ".")
+def find_images(root: str, inside: str = "") -> Iterator[str]:
+    """Names of the images below a folder, relative to it. Pipes and the like are no images: to open one would wait; nor
+    are pictures of a run."""
+    try:
+        entries = list(os.scandir(os.path.join(root, inside) if inside else root))
+        if inside and {"args.json", "log.jsonl"} <= {entry.name for entry in entries}:
+            return
+        for entry in entries:
+            name = inside + entry.name
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir():
+                yield from find_images(root, name + "/")
+            elif name.lower().endswith(SUFFIXES) and (entry.is_file() or not os.path.exists(entry)):
+                yield name  # also a dead link, which will be told of
+    except OSError as error:
+        refuse_folder(error)
 
 
 def refuse_folder(error: OSError) -> None:  # one that is not there, not allowed, or links that lead in a circle
@@ -841,8 +970,9 @@ def open_torchvision(args: Namespace, split: str, labels: bool) -> Images:
     else:  # the others know files and labels without decoding, but under no public name
         pairs = [pair for part in parts for pair in (part._samples if hasattr(part, "_samples") else
                  zip(part._images if hasattr(part, "_images") else part._image_files, part._labels, strict=True))]
-        items, ids = np.array([os.fsencode(path) for path, _ in pairs]), [label for _, label in pairs]
-    return Images(items, np.array(ids, np.int64), list(parts[0].classes))
+        names = [os.fsencode(os.path.relpath(path, args.data_root)) for path, _ in pairs]
+        items, ids = np.array(names), [label for _, label in pairs]
+    return Images(items, np.array(ids, np.int64), list(parts[0].classes), args.data_root)
 
 
 def shapes(total: int, seed: int, side: int = 32) -> Images:
@@ -882,6 +1012,8 @@ class CentreCrop:
     part: float = 1.0
 
     def __call__(self, image: Tensor) -> Tensor:
+        # Of a thin strip no more than could be seen: resized as a whole, a line of 65,000 pixels would take gigabytes.
+        image = v2.functional.center_crop(image, [min(side, 200 * min(image.shape[1:])) for side in image.shape[1:]])
         scale = max(int(new / self.part) / old for new, old in zip(self.size, image.shape[1:], strict=True))
         resized = [max(1, int(old * scale + 1e-6)) for old in image.shape[1:]]
         return v2.functional.center_crop(v2.functional.resize(image, resized, v2.InterpolationMode.BICUBIC), self.size)
@@ -913,22 +1045,41 @@ class Views(Dataset):
         raise InputError(f"50 images in a row cannot be read; {complaint}")
 
 
+# What the loader says when a worker is lost, and what a user can do.
+SHARED = ("a process that decodes images was ended by the system, for want of memory, or of shared memory? Try fewer "
+          "--workers, in a container --shm-size=16g")
+LOST_IMAGES = {
+    "DataLoader worker (pid": SHARED,
+    "DataLoader timed out": "no image for ten minutes: does the file system of --data answer?",
+    "shared memory": SHARED, "unable to resize file": SHARED,
+    "Too many open files": "too many open files: raise `ulimit -n`, or try fewer --workers",
+    "Connection": "a process that decodes images was ended by the system",
+}
+
+
 class Batches(Iterator, AbstractContextManager):
     """Iterator over parts of batches: views B 3 h w in 0..1 on the device (of MoCo B 2 3 h w); on the host, random
-    numbers B n and, as an array, the numbers of the images B. `waited`: seconds that were spent on waiting for them.
-    Raises InputError if more than 1 % of the images, and at least 50, cannot be read."""
-    request = 128  # images that a worker is asked for at once: its answer must fit into shared memory
+    numbers B n and, as an array, the numbers of the images B.
+
+    waited           seconds that were spent on waiting for them
+    asked, replaced  images so far, and those among them that could not be read
+    """
+    request = 128   # images that a worker is asked for at once: its answer must fit into shared memory
+    patience = 600  # seconds until a worker that does not answer is given up
 
     def __init__(self, views: Views, parts: Iterator[list[tuple[int, int]]], args: Namespace, world: World):
-        self.world, self.waited, self.seen, self.complaints = world, 0.0, 0, set()
+        self.world, self.waited, self.asked, self.replaced, self.complaints = world, 0.0, 0, 0, set()
         others, (self.parts, asked) = multiprocessing.active_children(), tee(parts)
         requests = (part[i:i + Batches.request] for part in asked for i in range(0, len(part), Batches.request))
         loader = DataLoader(views, batch_sampler=requests, num_workers=args.workers, pin_memory=args.device == "cuda",
-                            worker_init_fn=leave_signals_alone, generator=torch.Generator())
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # also for what starts now
+                            worker_init_fn=leave_signals_alone, generator=torch.Generator(),
+                            timeout=5 * (args.workers > 0))  # seconds: so often `answer` sees whether they live
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # also for what starts now
         at_a_death = signal.getsignal(signal.SIGCHLD)  # torch's handler would raise an error wherever the program is
         try:
             self.items = iter(loader)
+        except OSError as error:
+            raise InputError(f"--workers {args.workers} cannot be started: {error}") from None
         finally:
             signal.signal(signal.SIGCHLD, at_a_death)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -945,27 +1096,30 @@ class Batches(Iterator, AbstractContextManager):
         begin, part = time.monotonic(), next(self.parts)
         pixels, numbers, index = zip(*[self.answer() for _ in range(0, len(part), Batches.request)], strict=True)
         self.waited += time.monotonic() - begin
-        pixels = torch.cat([self.world.send(some) for some in pixels])
-        return pixels.float().div_(255), torch.cat(numbers), torch.cat(index).numpy()
+        pixels, index = torch.cat([self.world.send(some) for some in pixels]), torch.cat(index).numpy()
+        self.asked, self.replaced = self.asked + len(part), self.replaced + sum(index != [i for _, i in part])
+        return pixels.float().div_(255), torch.cat(numbers), index
 
     def answer(self) -> tuple[Tensor, Tensor, Tensor]:
         """What a worker has made of one request."""
-        try:
-            pixels, numbers, index, complaints = next(self.items)
-        except (InputError, RuntimeError, ConnectionError, EOFError) as error:
-            told = str(error).rpartition("InputError: ")[2].strip()  # from a worker it comes at the end of a traceback
-            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in told:
-                raise  # no word of the loader itself
-            if not isinstance(error, InputError):
-                told = "a process that decodes images was ended by the system, for want of memory? Try fewer --workers"
-            error.__traceback__ = None  # it would keep the loader alive, in a circle
-            raise InputError(told) from None
+        waits = Batches.patience // 5  # counted, not timed: a program may be suspended
+        while True:
+            try:
+                pixels, numbers, index, complaints = next(self.items)
+                break
+            except (InputError, RuntimeError, OSError, EOFError) as error:
+                text = str(error)  # from a worker, its error stands at the end of a traceback
+                if "DataLoader timed out" in text and (waits := waits - 1) > 0:
+                    continue
+                told = text.rpartition("InputError: ")[2].strip() if isinstance(error, InputError) else next(
+                    (reason for sign, reason in LOST_IMAGES.items() if sign in text), None)
+                if told is None:
+                    raise
+                error.__traceback__ = None  # it would keep the loader alive, in a circle
+                raise InputError(told) from None
         for complaint in set(complaints) - self.complaints - {""}:
             say(f"warning: {complaint}; the next image takes its place")
             self.complaints.add(complaint)
-        self.seen += len(index)
-        if len(self.complaints) > max(50, 0.01 * self.seen):
-            raise InputError(f"{len(self.complaints)} of {self.seen} images cannot be read")
         return pixels, numbers, index
 
 
@@ -998,9 +1152,10 @@ def parts_of_batch(args: Namespace, world: World) -> int:
 
 # ---- a run: schedule, checkpoints, log
 
-# What may differ between a run and its continuation: nothing that changes what is learned. Another --data means the
-# same images elsewhere; their number is compared.
-FREE_ON_RESUME = "data data_root download out resume workers device compile save_minutes log_every".split()
+# What may differ between a run and its continuation: nothing that changes what is learned. Images and files may lie
+# elsewhere: their content is compared.
+FREE_ON_RESUME = ("data data_root download init teacher out resume workers device compile save_minutes "
+                  "log_every").split()
 
 
 def cosine(epoch: float, peak: float, low: float, warmup: float, epochs: float) -> float:
@@ -1010,18 +1165,26 @@ def cosine(epoch: float, peak: float, low: float, warmup: float, epochs: float) 
     return low + (peak - low) / 2 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
-def write_file(content: dict, path: Path) -> None:
-    """Writes aside, flushes, renames: a file under its name is whole, or still the one before, if writing fails."""
-    aside = path.with_name(path.name + ".new")
+def write_file(write: Callable, path: Path) -> None:
+    """Has `write` fill a file aside, flushes, renames: under its name a file is whole, or still the one before, if
+    that fails. The folder is made again if it has gone."""
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
-        with open(aside, "wb") as file:
-            torch.save(content, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "xb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise InputError(f"{path} cannot be written: {error}") from None
+
+
+def content(path: str) -> str:
+    """By which a file is known again, wherever it lies."""
+    return hashlib.sha1(np.memmap(path, np.uint8, "r")).hexdigest()[:12]
 
 
 class Run:
@@ -1044,53 +1207,102 @@ class Run:
         self.scaler = torch.amp.GradScaler(args.device, enabled=world.precision == "fp16")
         self.parts, self.per_epoch = parts_of_batch(args, world), len(images) // args.batch_size
         self.first, self.last, self.lr = 0, round(args.epochs * self.per_epoch), args.blr * args.batch_size / 256
-        self.sums, self.signal, self.classes = {}, 0, images.classes
-        args.images = len(images)  # noted, so that a run is not continued on others
+        self.sums, self.signal, self.evaluating, self.classes = {}, 0, False, images.classes
+        # Noted, so that a run is continued on the same images and files, wherever they lie by then.
+        vars(args)["content of --data"] = images.content()
+        for name in ("init", "teacher"):
+            if getattr(args, name, None):
+                vars(args)[f"content of --{name}"] = content(getattr(args, name))
         self.resume()
+        self.done = self.saved = self.first
         if self.main:
-            self.introduce()
-        mine = torch.tensor([self.first, args.images], device=world.device)
+            self.introduce(len(images))
+        mine = torch.tensor([self.first, int(images.content()[-12:], 16)], device=world.device)
         if world.size > 1 and not torch.equal(world.sum(mine.clone()), world.size * mine):
             raise InputError("processes see different checkpoints or images: --out and --data must be the same for all")
 
     def resume(self) -> None:
-        """Finds the run's folder and, with --resume, puts its checkpoint into place. Nothing is written yet.
-        Raises InputError if the folder holds another run, or the checkpoint is of one with other settings."""
+        """Takes the run's folder and, with --resume, puts its checkpoint into place. Raises InputError if the folder is
+        in use or holds another run, or if the checkpoint is damaged or of a run with other settings."""
         args = self.args
-        path = Path(args.resume or args.out or f"runs/{self.method}-{args.recipe}")
+        path = Path(args.resume if isinstance(args.resume, str) else args.out or f"runs/{self.method}-{args.recipe}")
         path = path if path.is_file() else path / "last.pth"
         self.out = out = Path(args.out) if args.out else path.parent
-        if (out / "args.json").exists() and (args.resume is None or out.resolve() != path.parent.resolve()):
+        self.handed_on = out / ("model.pth" if self.network.config["classes"] else "encoder.pth")
+        self.records, self.lock = [], None
+        if os.path.realpath(args.data) == os.path.realpath(out):
+            raise InputError(f"--out {out} is --data: a run needs a folder of its own")
+        if self.main:
+            self.take_folder()
+        held = any((out / file).exists() for file in ("last.pth", "encoder.pth", "model.pth"))
+        if held and (args.resume is None or out.resolve() != path.parent.resolve()):
             raise InputError(f"{out} holds a run already: continue it by --out {out} --resume, or choose another --out")
         if args.resume is None:
             return
-        if args.resume == "" and not path.exists():
+        if args.resume is True and not path.exists():
             return self.world.say(f"no checkpoint in {out}: a new run starts")
         file = load_file(str(path))
         if not isinstance(file, dict) or file.get("method") != self.method:
             raise InputError(f"--resume: {path} is no checkpoint of {self.method}.py")
-        if changed := {name: f"{name} {file['args'].get(name)} -> {value}" for name, value in vars(args).items()
-                       if name not in FREE_ON_RESUME and file["args"].get(name) != value}:
-            longer = "epochs" in changed and file["step"] == round(file["args"]["epochs"] * self.per_epoch)
-            raise InputError(f"--resume: settings differ from the run's: {', '.join(changed.values())}" + longer * (
-                f". It has ended, and its learning rate with it: start another run from what it learned, by --init "
-                f"{self.handed_on()} and another --out"))
-        for group in file["optimizer"]["param_groups"]:  # of this device, not of the file's
-            group["fused"] = self.optimizer.param_groups[0].get("fused")
-        for name in ("model", "optimizer", "scaler"):
-            getattr(self, name).load_state_dict(file[name])
-        self.first = file["step"]
+        try:
+            before, self.first = file["args"], file["step"]
+            if changed := [f"{name} {before.get(name)} -> {value}" for name, value in vars(args).items()
+                           if name not in FREE_ON_RESUME and json.dumps(before.get(name)) != json.dumps(value)]:
+                raise InputError(f"--resume: settings differ from the run's: {', '.join(changed)}. For others start "
+                                 f"another run from what it learned, by --init {self.handed_on} and another --out")
+            if type(self.first) is not int or not 0 <= self.first <= self.last:
+                raise ValueError(f"step {self.first}")
+            for group in file["optimizer"]["param_groups"]:  # of this device, not of the file's
+                group["fused"] = self.optimizer.param_groups[0].get("fused")
+            for name in ("model", "optimizer", "scaler"):
+                getattr(self, name).load_state_dict(file[name])
+        except (LookupError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"--resume: {path} is damaged ({type(error).__name__}: {str(error)[:80]})") from None
+        self.read_log(path.with_name("log.jsonl"))
 
-    def handed_on(self) -> Path:
-        """The file of the network alone."""
-        return self.out / ("model.pth" if self.network.config["classes"] else "encoder.pth")
+    def read_log(self, path: Path) -> None:
+        """The records of the steps that are done. Lines that are none, as after a crash, are told and left out."""
+        damaged = []
+        for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+            try:
+                record = json.loads(line)
+                self.records += [record] * (record["step"] <= self.first)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                damaged.append(number)
+        if damaged:
+            self.world.say(f"warning: {path}: damaged lines {damaged[:10]} are left out")
 
-    def introduce(self) -> None:
+    def take_folder(self) -> None:
+        """Nobody else may write there until this process ends, however it does: workers do not inherit the lock. It is
+        taken again where the folder was moved or deleted."""
+        with suppress(OSError):
+            if self.lock and os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.out / "lock")):
+                return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            number = os.open(self.out / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self.lock = open(number, "r+")
+        except OSError as error:
+            raise InputError(f"--out {self.out} cannot be written: {error}") from None
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.lock.seek(0)
+            raise InputError(f"{self.out} is in use by {self.lock.read().strip()}") from None
+        except OSError as error:  # a file system without locks
+            say(f"warning: {self.out} cannot be locked against a second run: {error}")
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        self.lock.flush()
+
+    def introduce(self, images: int) -> None:
         """The first line of a run; and a warning, where its learning rate never gets to its peak."""
         args, c = self.args, self.network.config
-        size, blocks = sum(x.numel() for x in self.weights().values()) / 1e6, f"{c['depth']} blocks, {c['heads']} heads"
-        say(f"{self.method}, recipe {args.recipe}: ViT {c['width']} wide, {blocks}, {size:.3g} M parameters, "
-            f"{c['image_size'][0]} x {c['image_size'][1]} pixels, patches of {c['patch_size']}; {args.images} images, "
+        size, (h, w) = sum(x.numel() for x in self.weights().values()) / 1e6, c["image_size"]
+        say(f"{self.method}, recipe {args.recipe}: ViT {c['width']} wide, {c['depth']} blocks, {c['heads']} heads, "
+            f"{size:.3g} M parameters, {h} x {w} pixels, patches of {c['patch_size']}; {images} images, "
             f"{args.epochs:g} epochs ({args.warmup_epochs:g} of warm-up), {self.last} steps of {args.batch_size}, "
             f"learning rate {self.lr:.3g}, {self.world.precision} on {self.world.size} x {args.device} -> {self.out}"
             + f", resumed at step {self.first}" * (self.first > 0))
@@ -1099,52 +1311,64 @@ class Run:
                 f"{args.epochs / 10:g}, or more --epochs than {args.warmup_epochs:g}")
 
     def open_log(self) -> None:
-        """Makes the folder, args.json, and log.jsonl without what an interrupted run wrote after its checkpoint."""
-        args, log = self.args, self.out / "log.jsonl"
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-            lines = log.read_text().splitlines(True) if self.first and log.exists() else []
-            log.write_text("".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.first))
-        except OSError as error:
-            raise InputError(f"--out {self.out} cannot be written: {error}") from None
+        """args.json, and log.jsonl without what an interrupted run wrote after its checkpoint."""
+        settings, records = json.dumps(vars(self.args), indent=1), "\n".join([*map(json.dumps, self.records), ""])
+        for left in self.out.glob("*.new"):  # of a process that was killed while it wrote
+            left.unlink()
+        write_file(lambda file: file.write(settings.encode()), self.out / "args.json")
+        write_file(lambda file: file.write(records.encode()), self.out / "log.jsonl")
 
-    def batches(self, views: Views) -> Batches:
+    @contextmanager
+    def batches(self, views: Views) -> Iterator[Batches]:
+        """What is trained on. If no more images come, one process saves what it has learned; several keep the last."""
         order = in_random_order(len(views.images), self.args, self.world, self.first, self.last)
-        return Batches(views, order, self.args, self.world)
+        with Batches(views, order, self.args, self.world) as batches:
+            try:
+                yield batches
+            except InputError:
+                if self.world.size == 1 and self.done > self.saved:
+                    self.sums = self.whole  # without parts of the step that was not done
+                    self.look(self.done, save=True) if self.done > self.told else self.save(self.done)
+                raise
 
     def steps(self, batches: Batches) -> Iterator[int]:
         """Numbers of the steps to do, from 1. Leaves with status 128 + signal, or 1 if a loss is not finite."""
         args = self.args
         if self.main:
             self.open_log()
-        handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=self.last, initial=self.first, dynamic_ncols=True,
+        handlers = {number: signal.signal(number, self.on_signal) for number in heeded(SIGNALS)}
+        self.bar = tqdm(range(self.first + 1, self.last + 1), total=self.last, initial=self.first, dynamic_ncols=True,
                         disable=not self.main or not sys.stderr.isatty(),
                         bar_format="{percentage:3.0f}%|{bar}| {n}/{total} [{remaining} left{postfix}]")
         self.source, self.told, self.look_at = batches, self.first, self.first + 1
         self.told_when = self.saved_when = time.monotonic()
         try:
-            for step in range(self.first + 1, self.last + 1):
+            for step in self.bar:
                 self.rate = cosine((step - 1) / self.per_epoch, self.lr, args.min_lr, args.warmup_epochs, args.epochs)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.rate * group["lr_scale"]
                 yield step
-                self.bar.update()
+                self.done, self.whole = step, dict(self.sums)
                 if step == self.look_at:
                     self.look(step)
             self.save(self.last)
+            if self.signal:
+                raise SystemExit(128 + self.signal)
         finally:
             self.bar.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            for number, handler in handlers.items():  # one that comes while a program leaves, changes nothing
+                signal.signal(number, signal.SIG_IGN if self.signal and handler is leave else handler)
 
     def on_signal(self, number: int, frame) -> None:
         if number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt  # the second one does not wait
+        if self.main and not self.signal:
+            told = b"\nstopping: all is saved\n" if self.evaluating else b"\nstopping at the next look\n"
+            with suppress(OSError):  # print() may be what was interrupted, or be waiting for a reader
+                os.write(2, told if select.select([], [2], [], 0)[1] else b"")
         self.signal = number
-        with suppress(OSError):
-            os.write(2, b"\nstopping at the next look\n" * self.main)  # print() may be what was interrupted
+        if self.evaluating:
+            raise SystemExit(128 + number)
 
     def add(self, **losses: Tensor) -> None:
         """The losses of one more part of a batch; they stay on the device until the next look."""
@@ -1159,17 +1383,19 @@ class Run:
         steps, seconds = step - self.told, now - self.told_when
         ahead = 1 if args.device == "cpu" else max(1, min(10, int(5 * steps / seconds)))
         due = self.main and now - self.saved_when > 60 * args.save_minutes
-        flags = torch.tensor([self.signal > 0, save or due, ahead * self.main], device=self.world.device).double()
-        *sums, stop, save, ahead = self.world.sum(torch.stack([*self.sums.values(), *flags])).tolist()
+        flags = [self.signal > 0, save or due, ahead * self.main, batches.replaced, batches.asked]
+        flags = torch.tensor(flags, device=self.world.device).double()
+        *sums, stop, save, ahead, replaced, asked = self.world.sum(torch.stack([*self.sums.values(), *flags])).tolist()
         losses = {name: value / (self.world.size * steps) for name, value in zip(self.sums, sums, strict=True)}
         self.look_at = min(step + int(ahead), step + every - step % every, self.last)
         if not all(map(math.isfinite, sums)):
-            if self.main:
-                told = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-                say(f"step {step}: {told} at learning rate {self.rate:.3g}; what is saved is from before. A lower "
-                    "--blr or --precision fp32 may help")
+            told = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+            self.world.say(f"step {step}: {told} at learning rate {self.rate:.3g}; what is saved is from before. A "
+                           "lower --blr or --precision fp32 may help")
             raise SystemExit(1)
-        if stop or save or step % every == 0 or step == self.last:
+        broken = replaced > max(2, asked / 100)
+        save = save or broken
+        if self.sums and (stop or save or step % every == 0 or step == self.last):
             speed = dict(images_per_s=round(steps * args.batch_size / seconds, 1),
                          waiting=round(batches.waited / seconds, 3), eta_s=round((self.last - step) * seconds / steps))
             if args.device == "cuda":
@@ -1179,21 +1405,24 @@ class Run:
             self.sums, self.told, self.told_when, batches.waited = {}, step, now, 0.0
         if stop or save:
             self.save(step)
+        if broken:
+            raise InputError(f"{replaced:.0f} of {asked:.0f} images that were asked for cannot be read")
         if stop:
             if self.world.size > 1:
                 dist.barrier()  # torchrun ends the rest soon after the first process is gone
-            if self.main:
-                say("stopped by a signal and saved; --resume continues")
+            self.world.say("stopped by a signal and saved; --resume continues")
             raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
     def write(self, step: int, on_bar: bool = False, **values: float) -> None:
-        """One more line in log.jsonl, in strict JSON (null for what is not finite), and on the screen, unless a bar
-        shows it."""
+        """One more line in log.jsonl, in strict JSON (null: not finite), and on the screen, unless a bar shows it."""
         if self.main:
+            self.take_folder()
             record = dict(step=step) | {name: x if math.isfinite(x) else None for name, x in values.items()}
             try:
-                with open(self.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(record) + "\n")
+                if not any(record.keys() == known.keys() and step == known["step"] for known in self.records):
+                    self.out.mkdir(parents=True, exist_ok=True)
+                    with open(self.out / "log.jsonl", "a") as file:
+                        file.write(json.dumps(record) + "\n")
             except OSError as error:  # a lost line is no reason to lose the training
                 say(f"warning: {self.out}/log.jsonl: {error}")
             if self.bar.disable or not on_bar:
@@ -1204,15 +1433,29 @@ class Run:
     def save(self, step: int) -> None:
         """last.pth and the network that is handed on. Raises InputError in all processes if weights are not finite."""
         state, args, config = self.model.state_dict(), self.args, self.network.config
-        if broken := [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]:
-            raise InputError(f"step {step}: {broken[0]} and {len(broken) - 1} more are not finite; nothing was saved")
-        self.saved_when = time.monotonic()
+        if broken := first_not_finite(dict(state, optimizer=self.optimizer.state_dict())):
+            raise InputError(f"step {step}: {broken} is not finite; nothing was saved")
+        self.saved, self.saved_when = step, time.monotonic()
         if self.main:
-            write_file(dict(method=self.method, step=step, args=vars(args), config=config, model=state,
-                            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict()),
-                       self.out / "last.pth")
-            write_file(dict(model=self.weights(), config=config, classes=self.classes if config["classes"] else None),
-                       self.handed_on())
+            self.take_folder()
+            last = dict(method=self.method, step=step, args=vars(args), config=config, model=state,
+                        optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+            handed = dict(model=self.weights(), config=config, classes=self.classes if config["classes"] else None)
+            for file, path in ((last, self.out / "last.pth"), (handed, self.handed_on)):
+                write_file(partial(torch.save, file), path)
+
+    def evaluate(self, step: int, images: Images, view: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """What `evaluate` finds after `step`, once in the log. All is saved before, as it may take long or meet a
+        broken image, and a signal ends it at once. A run that is continued makes up for one that was cut off."""
+        if step < self.last:
+            if any(record["step"] == step and "top1" in record for record in self.records):
+                return {}
+            self.look(step, save=True)
+        self.evaluating = True
+        result = evaluate(self.network, images, view, self.args, self.world)
+        self.evaluating = False
+        self.write(step, **result)
+        return result
 
     def weights(self) -> dict:
         """Those that are handed on; with the number of heads of the last block, where it has others."""
@@ -1283,7 +1526,8 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
 
 def mixing(mixup: float, cutmix: float, classes: int) -> v2.Transform | None:
     """MixUp and CutMix of a batch by these alphas, one of the two by chance if both are on; None if neither is."""
-    both = [how(alpha=alpha, num_classes=classes) for how, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+    both = [how(alpha=alpha, num_classes=classes)
+            for how, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 1e-3]
     return v2.RandomChoice(both) if both else None
 
 
@@ -1295,6 +1539,22 @@ def balanced(images: Images, total: int, seed: int) -> Images:
     by_class = [order[images.labels[order] == label] for label in range(len(images.classes))]
     in_turn = [i for one_of_each in zip_longest(*by_class) for i in one_of_each if i is not None]
     return images.subset(np.array(in_turn[:total]))
+
+
+def classes_of(path: str, config: dict, wanted: list[str] | None = None) -> list[str]:
+    """Names of the classes that the classifier in a file knows; numbers, if it has no names. Raises InputError if it is
+    an encoder, or if others are wanted."""
+    if not config["classes"]:
+        raise InputError(f"{path} is no classifier but an encoder")
+    names = load_file(path).get("classes")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)
+                                  and len(set(names)) == len(names) == config["classes"]):
+        raise InputError(f"{path}: its classes are not {config['classes']} different names")
+    known = names or list(map(str, range(config["classes"])))
+    if wanted is not None and (len(known) != len(wanted) or names not in (None, wanted)):
+        raise InputError(f"{path} knows {len(known)} classes ({', '.join(known[:3])}, ...), --data has {len(wanted)} "
+                         f"({', '.join(wanted[:3])}, ...)")
+    return known
 
 
 @torch.no_grad()
@@ -1312,8 +1572,7 @@ def evaluate(model: ViT, images: Images, view: Callable[[Tensor], Tensor], args:
         for pixels, _, index in batches:
             labels = world.send(torch.from_numpy(images.labels[index]))
             with world.autocast():
-                logits = model(model.normalize(pixels))
-            logits = logits.float()
+                logits = model(model.normalize(pixels)).float()
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             totals[:3] += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum")])
             totals[3:].index_add_(0, labels, hits[:, 0].double())
@@ -1328,16 +1587,7 @@ def evaluate(model: ViT, images: Images, view: Callable[[Tensor], Tensor], args:
 
 
 def print_result(result: dict[str, float], world: World) -> None:
-    """What `evaluate` found: one line for all images, and one for each class."""
-    told = [f"{name} {value:.2f} %" if name.startswith("top") else f"{name} {value:.4g}"
-            for name, value in result.items()]
+    """What `evaluate` found, on stdout: one line for all images, and one for each class."""
+    told = [f"{name} {x:.2f} %" if name.startswith("top") else f"{name} {x:.4g}" for name, x in result.items()]
     if world.rank == 0:
-        print_out("  ".join(told[:4]), *told[4:])
-
-
-def print_out(*lines: str) -> None:
-    """On stdout, where results go and nothing else."""
-    try:
-        print(*lines, sep="\n", flush=True)
-    except BrokenPipeError:  # it went to a program that has ended, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("  ".join(told[:4]), *told[4:], sep="\n")
