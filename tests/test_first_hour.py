@@ -128,9 +128,9 @@ def test_the_second_of_two_trainings_goes_on_from_the_first(places):  # noqa: F8
     run("mae", places, f"--epochs 1 --init {places['files']}/classes/model.pth --out d")  # without a norm for all tokens
 
 
-def test_a_run_that_has_ended_is_not_made_longer_and_says_how_to_go_on(places):  # noqa: F811
+def test_a_run_is_not_made_longer_and_says_how_to_go_on(places):  # noqa: F811
     run("mae", places, "--epochs 1 --out a")
-    with pytest.raises(InputError, match=r"epochs 1.0 -> 2.0. It has ended, .* by --init a/encoder.pth and another --out"):
+    with pytest.raises(InputError, match=r"epochs 1.0 -> 2.0. .* start another run .* by --init a/encoder.pth and another --out"):
         run("mae", places, "--epochs 2 --out a --resume")
 
 
@@ -270,7 +270,7 @@ def test_predictions_are_a_table_and_accuracy_is_told_by_class(places, capsys): 
     for name in "ab":
         Path("other/val", name).rename(f"other/val/{'c' if name == 'a' else 'd'}")
     Path("other/train/d").mkdir()
-    with pytest.raises(InputError, match=r"knows 2 classes \(a, b, ...\), --data other has 2 \(c, d, ...\)"):
+    with pytest.raises(InputError, match=r"knows 2 classes \(a, b, ...\), --data has 2 \(c, d, ...\)"):
         finetune.main("--init a/model.pth --eval --data other --device cpu".split())
 
 

@@ -294,7 +294,7 @@ def test_crops_with_batched_colours_are_faster_than_pillow_picture_by_picture(si
     ways, the call of an operation is saved: the larger the pictures, the smaller the gain on a CPU."""
     items, threads, seconds = pictures(256, side).permute(0, 2, 3, 1).numpy(), torch.get_num_threads(), {}
     torch.set_num_threads(1)
-    normalize, images = vit.normalizer((0.5,) * 3, (0.5,) * 3, torch.device("cpu")), [Image.fromarray(picture) for picture in items]
+    normalize, images = vit.ViT(side, 4, mean=(0.5,) * 3, std=(0.5,) * 3).normalize, [Image.fromarray(picture) for picture in items]
     views = vit.Views(vit.Images(items), TwoViews(vit.random_crop((side, side), 0.08)), 0, 2 * NUMBERS)
     blur = v2.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2))))
     textbook = [v2.Compose([
@@ -336,7 +336,7 @@ def records(out: str) -> list[dict]:
 
 def test_what_a_run_writes(folder):
     run("--epochs 0.01 --out a")
-    assert {file.name for file in Path("a").iterdir()} == {"args.json", "log.jsonl", "last.pth", "encoder.pth", "views.png"}
+    assert {file.name for file in Path("a").iterdir()} == {"args.json", "log.jsonl", "last.pth", "encoder.pth", "views.png", "lock"}
     assert Image.open("a/views.png").size == (8 * 34 + 2, 4 * 34 + 2)  # 16 pairs, eight pictures in a row
     for record in records("a"):
         assert record.keys() >= {"loss", "top1", "feature_std", "uniform_loss", "momentum", "lr", "images_per_s"}

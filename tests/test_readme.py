@@ -62,4 +62,4 @@ def test_a_landing_page_is_short_and_its_links_lead_somewhere():
         assert target.startswith("https://arxiv.org/abs/") or (ROOT / target).exists(), target
     for flag in re.findall(r"`(--[a-z][a-z-]*)", README):
         assert any(f'"{flag}"' in (ROOT / f"{script}.py").read_text() for script in ("vit", "mae", "moco_v3", "tinymim", "g2sd", "finetune")) \
-            or flag == "--shm-size", flag
+            or flag in ("--shm-size", "--shutdown-timeout"), flag

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ import vit
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+HOW = dict(one=[sys.executable], two=TORCHRUN)  # processes
 SMALL = "--device cpu --recipe demo --data {photos} --image-size 16 --patch-size 4 --batch-size 16 --log-every 1 --epochs 4 "
 TINY = SMALL + "--width 16 --heads 2 --depth 2 "
 LABELS = "--mixup 0.8 --cutmix 1 --erasing 0.5 --randaugment 9 --drop-path 0.3 --smoothing 0.1 --labels 48 --micro-batch 8"
@@ -149,6 +151,7 @@ def test_a_record_is_written_before_what_is_saved_also_between_two_records(place
 
 
 def test_ctrl_c_is_status_130_and_leaves_a_checkpoint_and_a_second_one_leaves_at_once(places, monkeypatch, capfd):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
     with monkeypatch.context() as patch:
         at_step(3, stop(signal.SIGINT), patch)
         with pytest.raises(SystemExit) as stopped:
@@ -162,14 +165,16 @@ def test_ctrl_c_is_status_130_and_leaves_a_checkpoint_and_a_second_one_leaves_at
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("name, kills", [("mae", 2), *(pytest.param(name, 6, marks=pytest.mark.slow) for name in COMMANDS),
-                                         pytest.param("mae", 20, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(name, kills, places):
-    words = [sys.executable, *command(name, places, "--epochs 20 --save-minutes 0")]  # 60 steps
-    run(name, places, "--epochs 20 --out whole")
+KILLS = [("mae", "one", 2), *(pytest.param(name, how, kills, marks=pytest.mark.slow) for name in COMMANDS for how, kills in (("one", 20), ("two", 5)))]
+
+
+@pytest.mark.parametrize("name, how, kills", KILLS)
+def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(name, how, kills, places):
+    words = [*HOW[how], *command(name, places, "--epochs 20 --save-minutes 0")]  # 60 steps
+    subprocess.run([*words, "--out", "whole"], check=True, capture_output=True)
     rng = random.Random(0)
     for _ in range(kills):
-        process = subprocess.Popen([*words, "--out", "parts", "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = begun([*words, "--out", "parts", "--resume"])
         seen = torch.load("parts/last.pth", weights_only=True)["step"] if Path("parts/last.pth").exists() else 0
         deadline = time.time() + 60
         while time.time() < deadline and process.poll() is None:  # let it come a little further, then kill it anywhere
@@ -178,10 +183,13 @@ def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(name, kills, p
                 break
             time.sleep(0.01)
         time.sleep(0.2 * rng.random())
-        process.kill()
+        for number in processes_of(process) if how == "two" else [process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
         process.wait()
-    run(name, places, "--epochs 20 --out parts --resume --save-minutes 0")
+    subprocess.run([*words, "--out", "parts", "--resume"], check=True, capture_output=True)
     assert_same_state("whole", "parts")
+    assert losses("parts") == losses("whole")
 
 
 # ---- several processes
@@ -234,17 +242,36 @@ def test_a_run_may_go_from_one_process_to_two_with_default_workers(places, monke
     assert losses("two") == pytest.approx(losses("one"), rel=1e-5) and len(losses("two")) == 12
 
 
-def processes_of(session: int) -> list[str]:
-    """What still runs of a session."""
-    found = subprocess.run(["ps", "-ww", "-s", str(session), "-o", "pid=,stat=,args="], capture_output=True, text=True).stdout
-    return [line for line in found.splitlines() if line.split()[1][0] != "Z"]
+def hear_all() -> None:
+    """The tests themselves may run under nohup or in the background, where these are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def begun(words: list[str], stdout: int | None = None, **environment: str) -> subprocess.Popen:
+    """A program that leads a session and hands a mark on to all that it starts; those of torchrun lead sessions of their own."""
+    mark = f"{os.getpid()}.{time.time()}"
+    process = subprocess.Popen(words, stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=hear_all,
+                               env={**os.environ, **environment, "TEST_MARK": mark})
+    process.mark = f"TEST_MARK={mark}".encode()
+    return process
+
+
+def processes_of(process: subprocess.Popen) -> list[int]:
+    """What still runs of a program and of all that it has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            found += [int(folder.name)] * (process.mark in (folder / "environ").read_bytes().split(b"\0"))
+    return found
 
 
 def started(words: list[str], steps: int = 4, out: str = "a") -> subprocess.Popen:
-    """A program in a session of its own that has done some steps."""
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    """A program that has done some steps."""
+    process = begun(words)
     deadline = time.time() + 120
-    while time.time() < deadline and not (Path(out, "log.jsonl").exists() and len(Path(out, "log.jsonl").read_text().splitlines()) >= steps):
+    while process.poll() is None and time.time() < deadline and not (Path(out, "log.jsonl").exists() and len(Path(out, "log.jsonl").read_text().splitlines()) >= steps):
         time.sleep(0.1)
     return process
 
@@ -271,7 +298,7 @@ def test_a_signal_to_the_whole_group_saves_and_ends_it(number, places):
     process = started([sys.executable, *command("mae", places, "--epochs 9000 --workers 2 --out a")])
     os.killpg(process.pid, number)  # as a terminal or a scheduler does it: workers get it, too
     assert process.wait(10) == 128 + number
-    assert not processes_of(process.pid) and "saved; --resume continues" in process.stderr.read()
+    assert not processes_of(process) and "saved; --resume continues" in process.stderr.read()
     assert torch.load("a/last.pth", weights_only=True)["step"] >= 4
 
 
@@ -279,11 +306,10 @@ def test_a_signal_to_the_whole_group_saves_and_ends_it(number, places):
 def test_a_loss_that_is_not_finite_ends_all_processes_and_is_never_saved(how, places):
     words = command("mae", places, "--blr 1e30 --warmup-epochs 0 --save-minutes 0 --out a") + ["--workers", "2"]
     begin = time.time()
-    process = subprocess.Popen([*([sys.executable] if how == "one" else TORCHRUN), *words], stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    process = begun([*HOW[how], *words])
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and told.count("step 2: loss nan at learning rate") + told.count("step 2: loss inf at learning rate") == 1 and "--blr" in told, told
-    assert not processes_of(process.pid) and time.time() - begin < 45
+    assert not processes_of(process) and time.time() - begin < 45
     for file in Path("a").glob("*.pth"):
         assert all(v.isfinite().all() for v in torch.load(file, weights_only=True)["model"].values())
 
@@ -314,11 +340,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_says_so_and_ends(places):
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); vit.launch(mae.main)")
     run("mae", places, "--epochs 1 --out a")
     before = Path("a/last.pth").read_bytes()
-    process = subprocess.Popen([sys.executable, "-c", code, *words_of("mae", places, "--epochs 1 --workers 2 --out a --resume")],
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = begun([sys.executable, "-c", code, *words_of("mae", places, "--epochs 1 --workers 2 --out a --resume")])
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and "cannot be written" in told and "Traceback" not in told
-    assert Path("a/last.pth").read_bytes() == before and not list(Path("a").glob("*.new")) and not processes_of(process.pid)
+    assert Path("a/last.pth").read_bytes() == before and not list(Path("a").glob("*.new")) and not processes_of(process)
 
 
 @pytest.mark.parametrize("way", ["end of the program", "exception", "os._exit"])
@@ -334,11 +359,11 @@ def test_an_abandoned_iterator_does_not_keep_the_program(way):
         def main():
             {dict([("exception", "1 / 0"), ("os._exit", "sys.exit(3)")]).get(way, "pass")}
         main() if {way == "exception"} else launch(main)"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = begun([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout.readline() == "first\n"
     told = process.communicate(timeout=10)[1]
     assert process.returncode == {"end of the program": 0, "exception": 1, "os._exit": 3}[way]
-    assert not processes_of(process.pid) and ("ZeroDivisionError" in told) == (way == "exception") and "Exception ignored" not in told
+    assert not processes_of(process) and ("ZeroDivisionError" in told) == (way == "exception") and "Exception ignored" not in told
 
 
 def test_killed_minus_nine_the_workers_leave_by_themselves(places):
@@ -346,9 +371,9 @@ def test_killed_minus_nine_the_workers_leave_by_themselves(places):
     process.kill()
     process.wait()
     deadline = time.time() + 15  # torch's workers look after their parent every five seconds
-    while processes_of(process.pid) and time.time() < deadline:
+    while processes_of(process) and time.time() < deadline:
         time.sleep(0.2)
-    assert not processes_of(process.pid)
+    assert not processes_of(process)
 
 
 # ---- in and out
@@ -362,9 +387,14 @@ def test_a_script_and_vit_alone_in_a_folder_work_without_a_warning(script, place
     done = subprocess.run([*strict, f"{script}.py", *words_of(name, places, "--epochs 1 --warmup-epochs 0.1")], capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr.lower(), done.stderr
     assert Path(f"runs/{script}-demo", "model.pth" if script == "finetune" else "encoder.pth").exists()
-    module = subprocess.run([*strict, "-c", f"import sys; sys.path.insert(0, '.'); import {script}; print({script}.__file__)"],
-                            capture_output=True, text=True, check=True)
-    assert module.stdout.strip() == f"{tmp_path}/{script}.py"
+
+
+def test_scripts_in_another_folder_can_be_imported_without_a_warning(tmp_path):
+    for name in (*SCRIPTS, "vit"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    code = f"import sys; sys.path.insert(0, '.'); import {', '.join(SCRIPTS)}; print({', '.join(f'{name}.__file__' for name in SCRIPTS)})"
+    done = subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [f"{tmp_path}/{name}.py" for name in SCRIPTS] and not done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -380,7 +410,8 @@ def test_help_shows_every_option_with_the_values_of_one_recipe(script, capsys):
 
 def test_what_a_run_writes(places):
     run("mae", places, "--epochs 5 --out a")
-    assert {file.name for file in Path("a").iterdir()} == {"args.json", "log.jsonl", "last.pth", "encoder.pth", "reconstruction.png", "pictures"}
+    assert {file.name for file in Path("a").iterdir()} == {"args.json", "lock", "log.jsonl", "last.pth", "encoder.pth", "reconstruction.png",
+                                                         "pictures"}
     file = torch.load("a/encoder.pth", weights_only=True)
     assert set(file["config"]) >= {"image_size", "patch_size", "channels", "width", "depth", "heads", "last_heads", "mlp_ratio", "act",
                                    "qkv_bias", "positions", "pool", "classes", "mean", "std"}
@@ -490,9 +521,10 @@ def test_bad_input_for_finetune_is_one_clear_line(words, message, places):
         finetune.main(f"--device cpu --data {places['photos']} --recipe demo {words.format(**places)}".split())
 
 
-def test_an_environment_without_its_processes_is_refused_in_one_line(places):
-    done = subprocess.run([sys.executable, *command("mae", places)], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("mae.py: ") and done.stderr.count("\n") == 1 and "torchrun" in done.stderr
+def test_an_environment_without_its_processes_is_refused_in_one_line(places, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(vit.InputError, match="^WORLD_SIZE=2 in the environment: .* by torchrun"):
+        run("mae", places)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
