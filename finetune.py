@@ -208,10 +208,10 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, tuple[dict, dict] | N
     args = complete(parser, argv, recipe)
     if weights is None and (args.eval or args.predict or args.reuse is not None or args.protocol != "finetune"):
         raise InputError("--eval, --predict, --reuse, --protocol linear and knn need --init, the file with the weights")
-    if args.by_class and not args.eval or args.predict and (args.eval or args.resume):
-        raise InputError("--by-class needs --eval; --predict stands alone")
-    if given.labels and (args.eval or args.predict):
-        raise InputError("--labels is for training and k-NN")
+    if args.by_class and not args.eval or args.eval and args.predict:
+        raise InputError("--by-class needs --eval, which goes without --predict")
+    if (given.labels or args.resume) and (args.eval or args.predict):
+        raise InputError("--labels is for training and k-NN, --resume for training")
     return args, weights
 
 

@@ -299,12 +299,12 @@ OTHER_ENCODERS = ("momentum_encoder.", "tch_model.")
 
 def load_file(path: str) -> dict:
     """A file of `torch.save` of tensors and plain types. Raises InputError if it is none, or not finite."""
-    if not os.path.isfile(path):  # to open a pipe would wait
-        raise InputError(f"{path or 'an empty path'}: no such file")
     try:
         with torch.serialization.safe_globals([Namespace]):  # official files carry their arguments as one
             file = torch.load(path, map_location="cpu", weights_only=True)
         broken = first_not_finite(file)
+    except FileNotFoundError:
+        raise InputError(f"{path or 'an empty path'}: no such file") from None
     except Exception as error:  # whatever a torn, foreign or malicious file can raise
         kind = "it holds objects that are not loaded" if "GLOBAL" in str(error) else "it is damaged, or of another kind"
         raise InputError(f"{path}: not a readable checkpoint: {kind} ({type(error).__name__})") from None
@@ -314,7 +314,7 @@ def load_file(path: str) -> dict:
 
 
 def first_not_finite(content, name: str = "") -> str | None:
-    """Name of a tensor in nested dictionaries and lists."""
+    """Name of a tensor, in nested dictionaries and lists, that has a number which is not finite."""
     if isinstance(content, (dict, list)):
         items = content.items() if isinstance(content, dict) else enumerate(content)
         return next(filter(None, (first_not_finite(value, f"{name}.{key}".strip(".")) for key, value in items)), None)
@@ -548,7 +548,11 @@ def default_recipe(given: Namespace) -> str:
 def on_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> Namespace:
     """What is given there alone, without a recipe. Unknown and abbreviated flags end the program with status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    return parser.parse_args([word for word in argv if word not in ("-h", "--help")])
+    given = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
+    for path in (given.init, getattr(given, "teacher", None)):
+        if path and os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait
+            raise InputError(f"{path}: no such file, but a folder or a pipe")
+    return given
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipes: dict[str, dict],
@@ -711,7 +715,7 @@ class Enduring(io.FileIO):
     wait: float | None = None  # seconds for a full pipe to be read; None: as long as it takes
 
     def write(self, data: bytes) -> int:
-        if self.wait is not None:
+        if self.wait is not None:  # 0: nobody reads, and until somebody does, what comes is dropped
             self.wait = 5.0 if select.select([], [self], [], self.wait)[1] else 0.0
         try:
             return len(data) if self.wait == 0 else super().write(data) or len(data)
@@ -1209,7 +1213,7 @@ class Run:
         self.first, self.last, self.lr = 0, round(args.epochs * self.per_epoch), args.blr * args.batch_size / 256
         self.sums, self.signal, self.evaluating, self.classes = {}, 0, False, images.classes
         # Noted, so that a run is continued on the same images and files, wherever they lie by then.
-        vars(args)["content of --data"] = images.content()
+        seen = vars(args)["content of --data"] = images.content()
         for name in ("init", "teacher"):
             if getattr(args, name, None):
                 vars(args)[f"content of --{name}"] = content(getattr(args, name))
@@ -1217,7 +1221,7 @@ class Run:
         self.done = self.saved = self.first
         if self.main:
             self.introduce(len(images))
-        mine = torch.tensor([self.first, int(images.content()[-12:], 16)], device=world.device)
+        mine = torch.tensor([self.first, int(seen[-12:], 16)], device=world.device)
         if world.size > 1 and not torch.equal(world.sum(mine.clone()), world.size * mine):
             raise InputError("processes see different checkpoints or images: --out and --data must be the same for all")
 
@@ -1328,7 +1332,10 @@ class Run:
             except InputError:
                 if self.world.size == 1 and self.done > self.saved:
                     self.sums = self.whole  # without parts of the step that was not done
-                    self.look(self.done, save=True) if self.done > self.told else self.save(self.done)
+                    if self.done > self.told:
+                        self.look(self.done, save=True)
+                    else:  # its record is written
+                        self.save(self.done)
                 raise
 
     def steps(self, batches: Batches) -> Iterator[int]:
@@ -1420,7 +1427,6 @@ class Run:
             record = dict(step=step) | {name: x if math.isfinite(x) else None for name, x in values.items()}
             try:
                 if not any(record.keys() == known.keys() and step == known["step"] for known in self.records):
-                    self.out.mkdir(parents=True, exist_ok=True)
                     with open(self.out / "log.jsonl", "a") as file:
                         file.write(json.dumps(record) + "\n")
             except OSError as error:  # a lost line is no reason to lose the training
@@ -1525,7 +1531,8 @@ def random_erasing(images: Tensor, probability: float) -> Tensor:
 
 
 def mixing(mixup: float, cutmix: float, classes: int) -> v2.Transform | None:
-    """MixUp and CutMix of a batch by these alphas, one of the two by chance if both are on; None if neither is."""
+    """MixUp and CutMix of a batch by these alphas, one of the two by chance if both are on; None if neither is. An
+    alpha up to 0.001 counts as 0: hardly anything would be mixed, and torch cannot draw from such a distribution."""
     both = [how(alpha=alpha, num_classes=classes)
             for how, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 1e-3]
     return v2.RandomChoice(both) if both else None

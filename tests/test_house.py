@@ -76,6 +76,7 @@ def test_part_1_of_vit_stands_alone(tmp_path):
     assert imported <= {"argparse", "math", "warnings", "torch", "torch.nn.functional", "torchvision.ops"}
     (tmp_path / "vit.py").write_text(part)
     code = ("import torch, vit; m = vit.ViT(image_size=(8, 12), patch_size=4, width=16, depth=2, heads=2, classes=3); "
+            "torch.save(dict(model=m.state_dict(), config=m.config), 'model.pth'); m = vit.ViT.from_file('model.pth'); "
             "print(m(torch.zeros(2, 3, 8, 12)).shape)")
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.strip() == "torch.Size([2, 3])", run.stderr
