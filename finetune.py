@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from vit import IMAGENET_MEAN, IMAGENET_STD, SIZES, InputError, ViT, load_encoder, param_groups, read_encoder
+from vit import IMAGENET_MEAN, IMAGENET_STD, SIZES, BatchNorm, InputError, ViT, load_encoder, param_groups, read_encoder
 
 # -------------------------------------------------------------------- the method
 
@@ -41,7 +41,7 @@ def probe_head(width: int, classes: int) -> nn.Sequential:
     linear = nn.Linear(width, classes)
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
+    return nn.Sequential(BatchNorm(width, affine=False, eps=1e-6), linear)
 
 
 class LARS(torch.optim.Optimizer):
@@ -120,27 +120,27 @@ from vit import (STEP, CentreCrop, Images, Run, Views, World, amount, balanced, 
 # MAE-Lite's improved recipe (projects/eval_tools/finetuning_exp.py); layer decay 0.75 for small (SMALL.md).
 LIGHT = dict(
     model="tiny", image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, optimizer="adamw", pool="mean",
-    epochs=300, warmup_epochs=5, batch_size=1024, micro_batch=256, blr=1e-3, min_lr=1e-6, weight_decay=0.05,
+    epochs=300, warmup_epochs=5, batch_size=1024, blr=1e-3, min_lr=1e-6, weight_decay=0.05,
     layer_decay=0.85, drop_path=0.0, clip_grad=0.0, smoothing=0.0, mixup=0.2, cutmix=0.0, erasing=0.0, randaugment=10.0,
     crop_min=0.08, centre=0.875, eval_every=1)
 # MAE's (FINETUNE.md and the arguments of main_finetune.py).
 FULL = dict(LIGHT, model="base", epochs=100, blr=5e-4, layer_decay=0.65, drop_path=0.1, smoothing=0.1, mixup=0.8,
             cutmix=1.0, erasing=0.25, randaugment=9.0)
 # What MAE's linear probe changes (main_linprobe.py).
-PROBE = dict(optimizer="lars", pool="cls", blr=0.1, min_lr=0.0, weight_decay=0.0, layer_decay=1.0, drop_path=0.0,
-             smoothing=0.0, mixup=0.0, cutmix=0.0, randaugment=0.0)
+PROBE = dict(micro_batch=2048, optimizer="lars", pool="cls", blr=0.1, min_lr=0.0, weight_decay=0.0, layer_decay=1.0,
+             drop_path=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, randaugment=0.0)
 # For arXiv 2402.03752's small images, classified by the class token (its "dummy patch"). The rest of the paper's
 # fine-tuning is not known to us: these are our choices.
 CIFAR = dict(
     model="tiny", image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned",
     mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), optimizer="adamw", pool="cls",
-    epochs=200, warmup_epochs=10, batch_size=512, micro_batch=512, blr=1e-3, min_lr=1e-6, weight_decay=0.05,
+    epochs=200, warmup_epochs=10, batch_size=512, blr=1e-3, min_lr=1e-6, weight_decay=0.05,
     layer_decay=0.75, drop_path=0.1, clip_grad=0.0, smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.0, randaugment=9.0,
     crop_min=0.8, centre=1.0, eval_every=10)
 # Ours: few labels, half a minute on one CPU core.
 DEMO = dict(
     model="demo", image_size=32, patch_size=4, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), optimizer="adamw",
-    pool="mean", labels=500, epochs=50, warmup_epochs=2, batch_size=32, micro_batch=256, blr=8e-3, min_lr=1e-6,
+    pool="mean", labels=500, epochs=50, warmup_epochs=2, batch_size=32, blr=8e-3, min_lr=1e-6,
     weight_decay=0.05, layer_decay=0.75, drop_path=0.0, clip_grad=0.0, smoothing=0.1, mixup=0.0, cutmix=0.0,
     erasing=0.0, randaugment=0.0, crop_min=0.6, centre=1.0, eval_every=10)
 RECIPES = {
@@ -155,7 +155,7 @@ RECIPES = {
     "cifar": CIFAR,
     "demo": DEMO,
     # MAE's. 16,384 images a batch need eight processes: on one give --batch-size 2048.
-    "imagenet-linear": dict(LIGHT | PROBE, epochs=90, warmup_epochs=10, batch_size=16384, micro_batch=2048),
+    "imagenet-linear": dict(LIGHT | PROBE, epochs=90, warmup_epochs=10, batch_size=16384),
     # Ours, after MAE's.
     "cifar-linear": dict(CIFAR | PROBE, epochs=50),
     "demo-linear": dict(DEMO | PROBE, blr=2.0, batch_size=100),
@@ -268,9 +268,9 @@ def pretrained(args: Namespace, state: dict, config: dict, classes: int) -> tupl
 def make_optimizer(model: ViT, args: Namespace) -> torch.optim.Optimizer:
     groups = param_groups(model, args.weight_decay, ("cls_token", "pos_embed"), args.layer_decay)
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=args.device == "cuda")
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
     return LARS(groups)
 
 
@@ -301,15 +301,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(model: ViT, told: str, images: Images, val: Images, args: Namespace, world: World) -> None:
-    optimizer, rows = make_optimizer(model, args), args.batch_size // world.size
+    optimizer = make_optimizer(model, args)
     run = Run("finetune", args, world, images, model, model, optimizer)
     world.say(told)
-    if args.protocol == "linear" and (run.parts > 1 or rows < 2):
-        raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs a process's whole share at once, two images "
-                         f"at least: give {2 * world.size} to {args.micro_batch * world.size}, or --micro-batch {rows}")
+    if args.protocol == "linear" and (run.parts > 1 or args.batch_size < 2):
+        raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs a process's whole share at once, and two "
+                         f"images in all: give 2 to {args.micro_batch * world.size}")
     wrapped, scaler = world.wrap(model, args.compile), run.scaler
-    crop = ProbeCrop if args.protocol == "linear" else v2.RandomResizedCrop
-    views = Views(images, random_crop(model.image_size, args.crop_min, args.randaugment, crop), args.seed)
+    crop = dict(kind=ProbeCrop) if args.protocol == "linear" else {}
+    views = Views(images, random_crop(model.image_size, args.crop_min, args.randaugment, **crop), args.seed)
     centre, mix = CentreCrop(model.image_size, args.centre), mixing(args.mixup, args.cutmix, len(images.classes))
     with run.batches(views) as batches:
         for step in run.steps(batches):

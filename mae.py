@@ -87,7 +87,7 @@ def random_masking(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """noise B N -> indices of the n = `kept` patches with the lowest noise, B n, and `restore` B N: the rank of every
     patch by its noise. Patch i is hidden if restore[i] >= n; tokens sorted by noise return to image order by this
     index."""
-    order = noise.argsort(dim=1)
+    order = noise.argsort(dim=1, stable=True)  # of equal numbers, whoever sorts puts the same first
     return order[:, :kept], order.argsort(dim=1)  # the second argsort inverts the permutation: restore[order[k]] = k
 
 
@@ -257,14 +257,14 @@ def attention_scores(vit: ViT, images: Tensor, keep: Tensor, layers: list[int]) 
 from vit import (CentreCrop, Images, Run, Views, World, amount, common_options, count, launch, load_init, open_images,
                  parse, random_crop, say, say_next, share, start, vit_options, write_file)
 
-# batch_size counts the images of all processes, micro_batch those that one holds at once. The learning rate rises over
-# warmup_epochs to blr * batch_size / 256, and falls along half a cosine to min_lr.
+# batch_size counts the images of all processes. The learning rate rises over warmup_epochs to blr * batch_size / 256,
+# and falls along half a cosine to min_lr.
 RECIPES = {
     # MAE-Lite's ViT-Tiny (projects/mae_lite/mae_lite_exp.py); it crops bilinearly or bicubically by chance.
     "imagenet": dict(
         model="tiny", image_size=224, mask_ratio=0.75, norm_pix=True, visible_weight=0.0, crop_min=0.08,
         mean=IMAGENET_MEAN, std=IMAGENET_STD,
-        epochs=400, warmup_epochs=40, batch_size=4096, micro_batch=256, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
+        epochs=400, warmup_epochs=40, batch_size=4096, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
     # arXiv 2402.03752: 36 pixels, patches of 3, ReLU, learned positions (of the decoder, too), visible patches
     # discounted. Of the paper only the abstract could be read: MLP ratio 2 is from the author's next one (2407.17783),
     # the width follows from the number of parameters; length, learning rate, crops, mean and deviation are from a
@@ -274,12 +274,12 @@ RECIPES = {
         decoder=(96, 2, 3), decoder_config=dict(mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned"),
         mask_ratio=0.75, norm_pix=False, visible_weight=0.1, crop_min=0.6,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        epochs=4000, warmup_epochs=400, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
+        epochs=4000, warmup_epochs=400, batch_size=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
     # Ours: some three minutes on one CPU core, 2,496 steps. Plain pixels: pictures show them, and seeds differ less.
     "demo": dict(
         model="demo", image_size=32, patch_size=4, mask_ratio=0.75, norm_pix=False, visible_weight=0.0, crop_min=0.6,
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        epochs=8, warmup_epochs=0.5, batch_size=64, micro_batch=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
+        epochs=8, warmup_epochs=0.5, batch_size=64, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
 }
 # Decoders of MAE-Lite for tiny and small, MAE's for the rest.
 DECODERS = {"demo": (64, 1, 2), "tiny": (96, 1, 3), "small": (192, 1, 6)}
@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     encoder = model.encoder
     # As in MAE, class and mask token decay like matrices; learned positions do not.
     groups = param_groups(model, args.weight_decay, undecayed=("encoder.pos_embed", "decoder_pos_embed"))
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     run = Run("mae", args, world, images, model, encoder, optimizer)
     wrapped, scaler = world.wrap(model, args.compile), run.scaler
 
@@ -393,7 +393,7 @@ def save_reconstructions(model: MaskedAutoencoder, images: Images, args: Namespa
     encoder = model.encoder
     views = Views(images, CentreCrop(encoder.image_size), args.seed, numbers=encoder.patches)
     seen = [views[0, i] for i in np.linspace(0, len(images) - 1, 64).astype(int).tolist()]
-    pixels = world.send(torch.stack([view for view, *_ in seen])).float() / 255         # B C h w
+    pixels = world.send(torch.stack([view for view, *_ in seen])).movedim(-1, 1).float() / 255  # B C h w
     noise = world.send(torch.stack([noise for _, noise, *_ in seen]))                   # B N
     with world.autocast():
         prediction, target, hidden = model.reconstruct(encoder.normalize(pixels), noise)

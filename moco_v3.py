@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from vit import IMAGENET_MEAN, IMAGENET_STD, InputError, ViT
+from vit import IMAGENET_MEAN, IMAGENET_STD, BatchNorm, InputError, ViT
 
 # -------------------------------------------------------------------- the method
 
@@ -74,8 +74,10 @@ class MoCo(nn.Module):
     def follow(self, momentum: Tensor) -> None:
         """EMA update of the momentum encoder: slow = m slow + (1 - m) fast. Weights only: its BatchNorms keep running
         statistics of their own."""
-        for slow, fast in zip(self.momentum_encoder.parameters(), self.base_encoder.parameters(), strict=True):
-            slow.lerp_(fast, (1 - momentum).to(slow.dtype))
+        slow, fast = (list(encoder.parameters()) for encoder in (self.momentum_encoder, self.base_encoder))
+        change = torch._foreach_sub(fast, slow)  # for all tensors at once: on a GPU a few launches, not two for each
+        torch._foreach_mul_(change, (1 - momentum).to(slow[0].dtype))
+        torch._foreach_add_(slow, change)
 
 
 def features(vit: ViT, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
@@ -115,8 +117,8 @@ def mlp(*widths: int) -> nn.Sequential:
     """Bias-free linear layers, each followed by BatchNorm and ReLU; the last without ReLU, its BatchNorm not affine."""
     layers = []
     for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
-    return nn.Sequential(*layers[:-2], nn.BatchNorm1d(widths[-1], affine=False))
+        layers += [nn.Linear(before, after, bias=False), BatchNorm(after), nn.ReLU()]
+    return nn.Sequential(*layers[:-2], BatchNorm(widths[-1], affine=False))
 
 
 def start_weights(vit: ViT) -> ViT:
@@ -151,7 +153,8 @@ class TwoViews:
     crop: Callable[[Tensor], Tensor]
 
     def __call__(self, image: Tensor) -> Tensor:
-        return torch.stack([self.crop(image), self.crop(image)])
+        pair = [self.crop(image).movedim(0, -1) for _ in range(2)]  # as they lie in memory, h w C
+        return torch.stack(pair).movedim(-1, 1)
 
 
 def recolour_views(pixels: Tensor, numbers: Tensor, blur: float) -> list[Tensor]:
@@ -227,7 +230,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     angle = (turns + (middle - low) / (6 * chroma).clamp_(min=1e-8)).abs_() + shift
     k = angle + 1 + (5 - 2 * torch.arange(3, device=x.device)).view(3, 1, 1) / 6              # B 3 h w
     k = k.frac_().mul_(6)  # a channel is lowest for a third of the circle, k from 1 to 3, and highest at 4 to 6
-    return torch.addcmul(top, chroma, torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
+    return top - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
@@ -245,6 +248,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 from vit import (Run, Views, World, common_options, count, launch, load_init, open_images, parse, parts_of_batch,
                  random_crop, say, say_next, share, start, vit_options, within, write_file)
 
+ALL = 10**6  # images that a process holds at once: its whole share, as every query meets the keys of the whole batch
 RECIPES = {
     # MAE-Lite's ViT-Tiny (projects/mocov3/mocov3_exp.py); there warm-up starts at 1e-6, here at 0; crops are bilinear,
     # here bicubic; blur comes before grey. The official ViT-S and ViT-B (CONFIG.md of the official code) differ in
@@ -252,19 +256,19 @@ RECIPES = {
     "imagenet": dict(
         model="tiny", image_size=224, hidden=4096, projection=256, temperature=0.2, momentum=0.99, freeze_patch=False,
         crop_min=0.08, blur=2.0, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-        epochs=400, warmup_epochs=40, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.1),
+        epochs=400, warmup_epochs=40, batch_size=1024, micro_batch=ALL, blr=1.5e-4, min_lr=0.0, weight_decay=0.1),
     # Ours: the network of this recipe of mae.py, so that the two can be compared; views, temperature and momentum are
     # as for ImageNet, but without blur, which at 32 pixels takes away what is to be recognised.
     "cifar": dict(
         model="tiny", image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False, positions="learned",
         hidden=4096, projection=256, temperature=0.2, momentum=0.99, freeze_patch=False,
         crop_min=0.08, blur=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        epochs=1000, warmup_epochs=40, batch_size=512, micro_batch=512, blr=3e-4, min_lr=0.0, weight_decay=0.1),
+        epochs=1000, warmup_epochs=40, batch_size=512, micro_batch=ALL, blr=3e-4, min_lr=0.0, weight_decay=0.1),
     # Ours: some three minutes on one CPU core.
     "demo": dict(
         model="demo", image_size=32, patch_size=8, hidden=256, projection=64, temperature=0.2, momentum=0.9,
         freeze_patch=False, crop_min=0.2, blur=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        epochs=5.8, warmup_epochs=0.5, batch_size=128, micro_batch=128, blr=4e-3, min_lr=0.0, weight_decay=0.1),
+        epochs=5.8, warmup_epochs=0.5, batch_size=128, micro_batch=ALL, blr=4e-3, min_lr=0.0, weight_decay=0.1),
 }
 
 
@@ -287,22 +291,14 @@ def build(args: Namespace) -> MoCo:
     return MoCo(encoder, args.hidden, args.projection, args.temperature, args.freeze_patch)
 
 
-def share_statistics(model: MoCo, args: Namespace, world: World) -> MoCo:
-    """The model with BatchNorms that see the whole batch; torch has these for GPUs alone, so on CPUs nothing changes.
-    Raises InputError if a process cannot hold its share of a batch at once."""
-    parts, rows = parts_of_batch(args, world), args.batch_size // world.size
-    if parts > 1:
-        raise InputError(f"--batch-size {args.batch_size} with --micro-batch {args.micro_batch} would come in {parts} "
-                         f"parts, but every query meets the keys of the whole batch: raise --micro-batch to {rows}, "
-                         "take more processes, or lower --batch-size")
-    if rows < 2:
-        raise InputError(f"--batch-size {args.batch_size} leaves one image to a process: BatchNorm needs two")
-    if args.device == "cuda" and dist.is_initialized():
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if world.size > 1:
-        world.say(f"note: without GPUs there is no SyncBatchNorm: each process normalises over its own {rows} images, "
-                  f"so the losses are not those of one process with {args.batch_size}")
-    return model
+def check_batch(args: Namespace, world: World) -> None:
+    """Raises InputError unless each process can hold its share of a batch at once, and the batch has a statistic."""
+    if parts_of_batch(args, world) > 1:
+        raise InputError(f"--batch-size {args.batch_size}: every query meets the keys of the whole batch, so a process "
+                         f"must hold its share at once: raise --micro-batch to {args.batch_size // world.size}, take "
+                         "more processes, or lower --batch-size")
+    if args.batch_size < 2:
+        raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs two images")
 
 
 # -------------------------------------------------------------------- the run
@@ -312,11 +308,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     world = start(args)
     images = open_images(args)
-    model = share_statistics(build(args), args, world).to(world.device)
+    check_batch(args, world)
+    model = build(args).to(world.device)
     encoder = model.base_encoder
     # As in the official code, biases, norms and the class token decay, too; what gets no gradient stays as it is.
     groups = [dict(params=model.parameters(), lr_scale=1.0, weight_decay=args.weight_decay)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=args.device == "cuda")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     run = Run("moco_v3", args, world, images, model, encoder, optimizer)
     wrapped, scaler = world.wrap(model, args.compile), run.scaler
     uniform_loss = torch.tensor(4 * args.temperature * math.log(args.batch_size), device=world.device)

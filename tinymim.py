@@ -92,9 +92,8 @@ def student_view(images: Tensor, numbers: Tensor, strength: float) -> Tensor:
     numbers   B 6 in 0..1: three factors, and three whose order is that of the operations
     """
     factors, row = 1 + strength * (2 * numbers[:, :3] - 1), torch.arange(len(images), device=images.device)
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(3, 1, 1)
     for operation in numbers[:, 3:].argsort(1).T:                                       # B, each 0, 1 or 2
-        grey = (images * weights).sum(1, keepdim=True)                                  # B 1 h w
+        grey = 0.299 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]   # B 1 h w
         mean = grey.mean((2, 3), keepdim=True).expand_as(grey)
         # Each operation blends the image with another: black, its mean grey, or its greyscale version.
         other = torch.stack([torch.zeros_like(grey), mean, grey])[operation, row]       # B 1 h w
@@ -230,7 +229,7 @@ def random_masking(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """noise B N -> indices of the n = `kept` patches with the lowest noise, B n, and `restore` B N: the rank of every
     patch by its noise. Patch i is hidden if restore[i] >= n; tokens sorted by noise return to image order by this
     index."""
-    order = noise.argsort(dim=1)
+    order = noise.argsort(dim=1, stable=True)  # of equal numbers, whoever sorts puts the same first
     return order[:, :kept], order.argsort(dim=1)  # the second argsort inverts the permutation: restore[order[k]] = k
 
 
@@ -243,16 +242,16 @@ RECIPES = {
     # Fine-tuning: for B they give finetune.py's imagenet-base with --drop-path 0.2, for S and T nothing.
     "imagenet": dict(
         model="tiny", image_size=224, patch_size=16, crop_min=0.2, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-        epochs=300, warmup_epochs=15, batch_size=4096, micro_batch=256, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
+        epochs=300, warmup_epochs=15, batch_size=4096, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
     # Ours: network and batch of mae.py's cifar recipe, whose larger networks can teach; the paper's epochs.
     "cifar": dict(
         model="tiny", heads=12, image_size=36, patch_size=3, mlp_ratio=2.0, act="relu", qkv_bias=False,
         positions="learned", crop_min=0.6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        epochs=300, warmup_epochs=15, batch_size=1024, micro_batch=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
+        epochs=300, warmup_epochs=15, batch_size=1024, blr=1.5e-4, min_lr=0.0, weight_decay=0.05),
     # Ours: minutes on two CPU cores. Student and steps of mae.py's demo; half the images a step, as it sees them whole.
     "demo": dict(
         model="demo", image_size=32, patch_size=4, crop_min=0.6, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        epochs=4, warmup_epochs=0.25, batch_size=32, micro_batch=32, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
+        epochs=4, warmup_epochs=0.25, batch_size=32, blr=1.2e-2, min_lr=0.0, weight_decay=0.05),
 }
 # Heads of all blocks but the last, as in the released students (models_tinymim.py); their T is fine-tuned with 3
 # (finetune.py --heads 3). The last block has as many as the imitated one. In the sequence L -> B -> S -> T a student's
@@ -337,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     encoder = model.encoder
     # As in the released code the class token decays like a matrix; learned positions do not.
     groups = param_groups(model, args.weight_decay, undecayed=("encoder.pos_embed",))
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=args.device == "cuda")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     run = Run("tinymim", args, world, images, model, encoder, optimizer)
     wrapped, scaler = world.wrap(model, args.compile), run.scaler
     observe = torch.compile(model.observe) if args.compile else model.observe

@@ -21,7 +21,7 @@ from argparse import Namespace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 from torchvision.ops import stochastic_depth
 
 # -------------------------------------------------------------------- part 1: the Vision Transformer
@@ -61,7 +61,8 @@ class Attention(nn.Module):
 
     def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """B L D -> queries, keys and values, each B H L d."""
-        return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)               # B L H d, then B H L d
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.scaled_dot_product_attention(*self.split_heads(x))                        # B H L d
@@ -86,6 +87,42 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """nn.BatchNorm1d over the rows of all processes, of which each has equally many, B D -> B D: one process and many
+    normalise alike, on GPUs and CPUs. (nn.SyncBatchNorm is for GPUs alone, and makes the host wait for them.)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        rows = len(x) * dist.get_world_size()
+        with torch.autocast(x.device.type, enabled=False):
+            y = x.to(torch.promote_types(x.dtype, torch.float32))
+            mean = MeanOfAll.apply(y.mean(0))
+            y = y - mean
+            variance = MeanOfAll.apply(y.square().mean(0))
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (rows / (rows - 1)), self.momentum)
+                self.num_batches_tracked.add_(1)
+            y = y * (variance + self.eps).rsqrt()
+            return (y * self.weight + self.bias if self.affine else y).to(x.dtype)
+
+
+class MeanOfAll(torch.autograd.Function):
+    """The mean of a tensor over all processes. Backward is the same mean, as the gradients of each process's own loss
+    are averaged, too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x / dist.get_world_size()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return MeanOfAll.forward(ctx, gradient)
 
 
 class Block(nn.Module):
@@ -191,7 +228,7 @@ class ViT(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Pixels as the network expects them, channel by channel: images B C h w in 0..1 -> the same shape."""
-        return (images - self.mean) / self.std
+        return torch.addcmul(-self.mean / self.std, images, 1 / self.std)  # one pass over the pixels
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Tokens that enter the first block: images B C h w -> B 1+N D; of the patches that `keep` B n numbers for each
@@ -443,6 +480,7 @@ import fcntl
 import hashlib
 import io
 import json
+import mmap
 import multiprocessing
 import os
 import platform
@@ -454,16 +492,16 @@ import sys
 import time
 import traceback
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from itertools import tee, zip_longest
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader, Dataset
@@ -534,7 +572,8 @@ def common_options(about: str, recipes: dict[str, dict]) -> argparse.ArgumentPar
     add("--epochs", type=within(0, 1e6), help="passes over the images")
     add("--warmup-epochs", type=amount, help="epochs over which the learning rate rises from 0")
     add("--batch-size", type=count, help="images per update, on all processes together")
-    add("--micro-batch", type=count, help="most images that one process holds at once; a larger share is accumulated")
+    add("--micro-batch", type=count, help="most images that one process holds at once, a larger share is accumulated; "
+        "else by the size of the network")
     add("--blr", type=amount, help="base learning rate: learning rate = blr x batch size / 256")
     add("--min-lr", type=amount, help="learning rate at the end of the cosine")
     add("--weight-decay", type=amount, help="weight decay")
@@ -583,6 +622,10 @@ def take_over(parser: argparse.ArgumentParser, given: Namespace, config: dict) -
     parser.set_defaults(**{"model": name for name, size in SIZES.items() if size["width"] == config["width"]})
 
 
+# Images of 224 pixels at a time that keep a GPU busy, and fit into 80 GB in every script.
+MICRO_BATCH = {"demo": 1024, "tiny": 1024, "small": 512, "base": 256, "large": 128, "huge": 64}
+
+
 def complete(parser: argparse.ArgumentParser, argv: list[str] | None, recipe: str) -> Namespace:
     """The command line with the parser's defaults, which are those of this recipe."""
     args = parser.parse_args(argv)
@@ -592,6 +635,7 @@ def complete(parser: argparse.ArgumentParser, argv: list[str] | None, recipe: st
     if empty := [name for name, value in vars(args).items() if value == ""]:
         parser.error(f"--{empty[0].replace('_', '-')} is empty")
     args.recipe, args.image_size = recipe, [sides[0], sides[-1]]
+    args.micro_batch = args.micro_batch or MICRO_BATCH.get(args.model, 1024)
     return args
 
 
@@ -615,8 +659,9 @@ def say_next(args: Namespace, encoder: str) -> None:
     usual = dict(data_root="data", val_share=0.0, recipe=default_recipe(Namespace(recipe=None, data=args.data)))
     for name, value in usual.items():
         words += [f"--{name.replace('_', '-')}", str(getattr(args, name))] * (getattr(args, name) != value)
-    if args.data == "shapes" or args.data in TORCHVISION or args.val_share or os.path.isdir(f"{args.data}/val"):
-        return say(f"next:  {shlex.join(words)}")
+    with suppress(InputError):  # the folder may have gone since
+        if has_evaluation(args):
+            return say(f"next:  {shlex.join(words)}")
     say(f"next:  ViT.from_file({encoder!r}).features(images), as in README.md; or finetune.py, with labelled images")
 
 
@@ -654,7 +699,10 @@ class World:
     def wrap(self, model: nn.Module, compiled: bool) -> nn.Module:
         """What to call in training. Parameters and checkpoints are those of `model` itself."""
         model = torch.compile(model) if compiled else model
-        return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
+        if self.size == 1:
+            return model
+        # Buffers are equal everywhere, see BatchNorm; gradients stay in the buckets in which they are sent.
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def share_gradients(self, wrapped: nn.Module, now: bool):
         """Context of forward and backward pass: processes average their gradients only in the last part of a batch."""
@@ -682,15 +730,17 @@ def start(args: Namespace) -> World:
             raise InputError(f"--device cuda: process {device.index} of this machine finds {torch.cuda.device_count()} "
                              "GPUs. Start no more processes than there are; without one choose --device cpu")
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not in half precision
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif args.precision == "fp16":
         raise InputError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     args.precision = best if args.precision == "auto" else args.precision
+    # Where speed was chosen, products outside of autocast are TF32. --precision fp32 means float32.
+    torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = cores if args.device == "cuda" else cores // 4  # the others have to train
-        args.workers = min(16, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        args.workers = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if not given:
         return World(0, 1, device, args.precision)
     backend, bound_to = ("nccl", device) if args.device == "cuda" else ("gloo", None)
@@ -795,12 +845,6 @@ def heeded(numbers: tuple[int, ...]) -> list[int]:
     return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
-def leave_signals_alone(worker: int) -> None:
-    """In a worker: they reach the whole group, but the training process decides what follows."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 # ---- chance and images
 
 # All that is random follows from a place alone, as (ORDER, seed, epoch). What it is for stands first, as numpy pads
@@ -832,24 +876,27 @@ TORCHVISION = {
 @dataclass
 class Images:
     """M images: their pixels, uint8 M h w 3, or the names of their files below `root` in one array of bytes, which
-    worker processes share; labels M int64 and the names of their classes, or None for these."""
+    worker processes share; labels M int64 and the names of their classes, or None for these. With `places` M 3, `root`
+    is a file of pack.py, in which image i begins at byte places[i, 0] and has places[i, 1] x places[i, 2] pixels."""
     items: np.ndarray
     labels: np.ndarray | None = None
     classes: list[str] | None = None
     root: str = ""
+    places: np.ndarray | None = None
     enough: int = 0  # pixels of the shorter side that views need: a larger JPEG is decoded at 1/2, 1/4, 1/8; 0: never
 
     def __len__(self) -> int:
         return len(self.items)
 
     def subset(self, index: np.ndarray) -> "Images":
-        return replace(self, items=self.items[index], labels=None if self.labels is None else self.labels[index])
+        labels, places = (None if x is None else x[index] for x in (self.labels, self.places))
+        return replace(self, items=self.items[index], labels=labels, places=places)
 
     def content(self) -> str:
         """How many they are, and by what they are known again: names, labels and classes; in memory shape, labels and
         every hundredth image."""
         digest = hashlib.sha1(repr((self.items.shape, self.classes)).encode())
-        for values in (self.items if self.items.ndim == 1 else self.items[::100], self.labels):
+        for values in (self.items if self.items.ndim == 1 else self.items[::100], self.labels, self.places):
             digest.update(b"" if values is None else np.ascontiguousarray(values))
         return f"{len(self)} images {digest.hexdigest()[:12]}"
 
@@ -858,8 +905,14 @@ class Images:
         Raises InputError, with its path, if it cannot be read."""
         if self.items.ndim > 1:
             return torch.from_numpy(self.items[i]).permute(2, 0, 1)
-        path = os.path.join(self.root, os.fsdecode(bytes(self.items[i])))
+        path = self.root if self.places is not None else os.path.join(self.root, os.fsdecode(bytes(self.items[i])))
         try:
+            if self.places is not None:
+                (start, h, w), file = self.places[i].tolist(), mapped(path)
+                before = start % mmap.PAGESIZE  # all that is needed is asked of the disk at once
+                file.madvise(mmap.MADV_WILLNEED, start - before, before + 3 * h * w)
+                pixels = torch.frombuffer(file, dtype=torch.uint8, count=3 * h * w, offset=start)
+                return pixels.view(h, w, 3).permute(2, 0, 1)
             with Image.open(path, formats=FORMATS) as image:
                 if self.enough:
                     image.draft("RGB", (self.enough, self.enough))
@@ -867,6 +920,15 @@ class Images:
                 return v2.functional.pil_to_tensor(to_rgb(image))
         except Exception as error:  # decoders raise errors of every kind
             raise InputError(f"{path}: cannot be read ({error or type(error).__name__})") from None
+
+
+@cache
+def mapped(path: str) -> mmap.mmap:
+    """The bytes of a file, mapped once in a process. To be read only: of a mapping that could be written to, the system
+    wants to have all memory."""
+    warnings.filterwarnings("ignore", "The given buffer is not writable")  # nothing changes an image in place
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -894,34 +956,85 @@ def open_images(args: Namespace, split: str = "train", labels: bool = False) -> 
     return replace(images, enough=4 * int(np.max(args.image_size)))
 
 
+def has_evaluation(args: Namespace) -> bool:
+    """Whether some of the images that --data names are for evaluation."""
+    known = args.data == "shapes" or args.data in TORCHVISION
+    return known or args.val_share > 0 or "val" in folder_at(args.data).folders()
+
+
 def open_folder(data: str, split: str, labels: bool, val_share: float = 0.0) -> Images:
     """Images below data/split, in sorted order; for unlabelled training, or with val_share, anywhere below data if it
     has no train/. Classes are the folders of train/, whatever the split; hidden files and folders are passed over."""
-    train, held_back = os.path.join(data, "train"), val_share > 0
-    if held_back and os.path.isdir(os.path.join(data, "val")):
+    folder, held_back = folder_at(data), val_share > 0
+    if held_back and "val" in folder.folders():
         raise InputError(f"--val-share: {data} has val/, images for evaluation, already")
-    if not os.path.isdir(train) and (held_back or not labels):
-        train = data
-    root = train if held_back or split == "train" else os.path.join(data, split)
-    names, classes, ids = sorted(find_images(root)), None, None
-    if held_back:
-        chosen = for_evaluation(names, val_share)
-        names = [name for name in names if (name in chosen) == (split == "val")]
+    train = "train" if labels and not held_back or "train" in folder.folders() else ""
+    inside = train if held_back or split == "train" else split
+    images, classes, ids, root = folder.images(inside), None, None, os.path.join(data, inside) if inside else data
+    names = [os.fsdecode(name) for name in images.items.tolist()]
+    chosen = for_evaluation(names, val_share) if held_back else ()
+    kept = [i for i, name in enumerate(names)
+            if ("/" in name or not labels) and (not held_back or (name in chosen) == (split == "val"))]
     if labels:
-        names = [name for name in names if "/" in name]
-        folders = [name.split("/")[0] for name in names]
-        classes = sorted(name for name in next(os.walk(train, onerror=refuse_folder))[1] if name[0] != ".")
+        folders, classes = [names[i].split("/")[0] for i in kept], folder.folders(train)
         if unknown := sorted(set(folders) - set(classes)):
             raise InputError(f"--data {data}: classes {', '.join(unknown[:5])} are in {split}/ but not in train/")
         for empty in sorted(set(classes) - set(folders)):
             say(f"warning: class {empty} has no images in {root}")
         number = {name: i for i, name in enumerate(classes)}
         ids = np.array([number[name] for name in folders], np.int64)
-    if not names:
+    if not kept:
         raise InputError(f"--data {data}: no images in {root}{'/<class>' * labels} (looked for {' '.join(SUFFIXES)})")
     if labels and len(classes) < 2:
-        raise InputError(f"--data {data}: two classes or more are needed; {train} has the folders {', '.join(classes)}")
-    return Images(np.array([os.fsencode(name) for name in names]), ids, classes, root)
+        raise InputError(f"--data {data}: two classes or more are needed; {data}/{train} has the folders "
+                         f"{', '.join(classes)}")
+    return replace(images.subset(np.array(kept)), labels=ids, classes=classes)
+
+
+def folder_at(data: str) -> "Folder":
+    return PackedFolder(data) if os.path.isfile(data) else Folder(data)
+
+
+@dataclass
+class Folder:
+    """A folder of images. `inside` is a folder in it, as "train"; without, it is all of it."""
+    path: str
+
+    def folders(self, inside: str = "") -> list[str]:
+        found = next(os.walk(os.path.join(self.path, inside) if inside else self.path, onerror=refuse_folder))[1]
+        return sorted(name for name in found if name[0] != ".")
+
+    def images(self, inside: str = "") -> Images:
+        root = os.path.join(self.path, inside) if inside else self.path
+        return Images(np.array(sorted(map(os.fsencode, find_images(root))), bytes), root=root)
+
+
+class PackedFolder(Folder):
+    """What pack.py has made of one. Raises InputError unless it is a whole file with its index."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        try:
+            with np.load(f"{path}.npz") as index:
+                self.all, readable = index["names"], index["sizes"][:, 0] > 0
+                self.names, (height, width) = self.all[readable], index["sizes"][readable].T.astype(np.int64)
+            ends = np.cumsum(3 * height * width)
+            self.places = np.stack([ends - 3 * height * width, height, width], axis=1)
+            if os.path.getsize(path) != ends[-1]:
+                raise ValueError(f"it has {os.path.getsize(path)} bytes, its index says {ends[-1]}")
+        except (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: no folder, and no file of pack.py with its index: {error}") from None
+
+    def folders(self, inside: str = "") -> list[str]:
+        above, names = os.path.join(inside, ""), map(os.fsdecode, self.all.tolist())
+        below = [name.removeprefix(above) for name in names if name.startswith(above)]
+        return sorted({name.split("/")[0] for name in below if "/" in name})
+
+    def images(self, inside: str = "") -> Images:
+        above = os.fsencode(os.path.join(inside, ""))
+        chosen = np.char.startswith(self.names, above)
+        names = [name[len(above):] for name in self.names[chosen].tolist()]
+        return Images(np.array(names, bytes), root=self.path, places=self.places[chosen])
 
 
 def for_evaluation(names: list[str], share: float) -> set[str]:
@@ -999,8 +1112,17 @@ def shapes(total: int, seed: int, side: int = 32) -> Images:
 
 # ---- from images to batches
 
+class RandomCrop(v2.RandomResizedCrop):
+    """torchvision's, to the last bit; but the crop is copied first: torch resizes pixels that lie together in half the
+    time."""
+
+    def transform(self, image: Tensor, where: dict[str, int]) -> Tensor:
+        image = v2.functional.crop(image, **where).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        return v2.functional.resize(image, self.size, self.interpolation)
+
+
 def random_crop(size: tuple[int, int], smallest: float, randaugment: float = 0.0,
-                kind: type[v2.RandomResizedCrop] = v2.RandomResizedCrop) -> v2.Transform:
+                kind: type[v2.RandomResizedCrop] = RandomCrop) -> v2.Transform:
     """What a network sees in training: a crop of at least `smallest` of the image's area, as wide as high to 4:3 or 3:4
     (times the aspect of `size`), mirrored or not, then RandAugment; uint8 3 h w -> 3 and `size`."""
     aspect, bicubic = size[1] / size[0], v2.InterpolationMode.BICUBIC
@@ -1025,9 +1147,9 @@ class CentreCrop:
 
 @dataclass
 class Views(Dataset):
-    """What worker processes do: (epoch, number of an image) -> its view, uint8 3 h w; random numbers for the method,
-    `numbers` in 0..1; the number of the image that is seen; and a complaint, where that is not the one asked for, as in
-    training the next one takes the place of an image that cannot be read."""
+    """What worker processes do: (epoch, number of an image) -> its view, uint8 h w 3;
+    random numbers for the method, `numbers` in 0..1; the number of the image that is seen; and a complaint, where that
+    is not the one asked for, as in training the next one takes the place of an image that cannot be read."""
     images: Images
     view: Callable[[Tensor], Tensor]
     seed: int | None = None  # of all chance. None is evaluation: nothing is random, such an image is an InputError
@@ -1041,7 +1163,7 @@ class Views(Dataset):
         for i in range(wanted, wanted + 50):
             i %= len(self.images)
             try:
-                return self.view(self.images.open(i)), torch.rand(self.numbers), i, complaint
+                return self.view(self.images.open(i)).movedim(-3, -1), torch.rand(self.numbers), i, complaint
             except InputError as error:
                 if self.seed is None:
                     raise
@@ -1076,9 +1198,10 @@ class Batches(Iterator, AbstractContextManager):
         others, (self.parts, asked) = multiprocessing.active_children(), tee(parts)
         requests = (part[i:i + Batches.request] for part in asked for i in range(0, len(part), Batches.request))
         loader = DataLoader(views, batch_sampler=requests, num_workers=args.workers, pin_memory=args.device == "cuda",
-                            worker_init_fn=leave_signals_alone, generator=torch.Generator(),
-                            timeout=5 * (args.workers > 0))  # seconds: so often `answer` sees whether they live
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # also for what starts now
+                            generator=torch.Generator(), timeout=5 * (args.workers > 0),  # as `answer` looks after them
+                            multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None)
+        # Signals reach the whole group, but the training process decides what follows: workers inherit this mask.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         at_a_death = signal.getsignal(signal.SIGCHLD)  # torch's handler would raise an error wherever the program is
         try:
             self.items = iter(loader)
@@ -1102,7 +1225,8 @@ class Batches(Iterator, AbstractContextManager):
         self.waited += time.monotonic() - begin
         pixels, index = torch.cat([self.world.send(some) for some in pixels]), torch.cat(index).numpy()
         self.asked, self.replaced = self.asked + len(part), self.replaced + sum(index != [i for _, i in part])
-        return pixels.float().div_(255), torch.cat(numbers), index
+        pixels = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+        return pixels.div_(255), torch.cat(numbers), index
 
     def answer(self) -> tuple[Tensor, Tensor, Tensor]:
         """What a worker has made of one request."""
@@ -1156,9 +1280,9 @@ def parts_of_batch(args: Namespace, world: World) -> int:
 
 # ---- a run: schedule, checkpoints, log
 
-# What may differ between a run and its continuation: nothing that changes what is learned. Images and files may lie
-# elsewhere: their content is compared.
-FREE_ON_RESUME = ("data data_root download init teacher out resume workers device compile save_minutes "
+# What may differ between a run and its continuation: nothing that changes what is learned, beyond rounding and what is
+# drawn for a part of a batch. Images and files may lie elsewhere: their content is compared.
+FREE_ON_RESUME = ("data data_root download init teacher out resume workers device compile micro_batch save_minutes "
                   "log_every").split()
 
 
@@ -1256,7 +1380,7 @@ class Run:
                                  f"another run from what it learned, by --init {self.handed_on} and another --out")
             if type(self.first) is not int or not 0 <= self.first <= self.last:
                 raise ValueError(f"step {self.first}")
-            for group in file["optimizer"]["param_groups"]:  # of this device, not of the file's
+            for group in file["optimizer"]["param_groups"]:  # older files have it otherwise
                 group["fused"] = self.optimizer.param_groups[0].get("fused")
             for name in ("model", "optimizer", "scaler"):
                 getattr(self, name).load_state_dict(file[name])
@@ -1407,7 +1531,13 @@ class Run:
                          waiting=round(batches.waited / seconds, 3), eta_s=round((self.last - step) * seconds / steps))
             if args.device == "cuda":
                 speed["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            self.bar.set_postfix_str(f"loss {losses['loss']:.4g}, {speed['images_per_s']:.0f} images/s", refresh=False)
+            if self.scaler.is_enabled():  # it is halved where a step was skipped, as a gradient was out of range
+                speed["loss_scale"] = self.scaler.get_scale()
+            told = f"loss {losses['loss']:.4g}, {speed['images_per_s']:.0f} images/s"
+            if speed["waiting"] > 0.2:
+                told = f"waiting for images {speed['waiting']:.0%}: more --workers"
+                told += ", or pack.py" * os.path.isdir(args.data)
+            self.bar.set_postfix_str(told, refresh=False)
             self.write(step, on_bar=True, epoch=round(step / self.per_epoch, 4), **losses, lr=self.rate, **speed)
             self.sums, self.told, self.told_when, batches.waited = {}, step, now, 0.0
         if stop or save:
@@ -1571,9 +1701,6 @@ def evaluate(model: ViT, images: Images, view: Callable[[Tensor], Tensor], args:
     by_class: also the top-1 accuracy of every class that has images, under its name.
     The model is back in training mode after it."""
     model.eval()
-    if world.size > 1:  # BatchNorm's statistics are those of each process's rows: judge the ones that are saved
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
     totals, total = torch.zeros(3 + len(images.classes), dtype=torch.float64, device=world.device), len(images)
     with in_order(Views(images, view), args, world) as batches:
         for pixels, _, index in batches:

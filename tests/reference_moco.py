@@ -110,31 +110,8 @@ def samples(model: MoCo, views: list[Tensor], momentum: Tensor) -> dict:
 
 # ---- several processes on one CPU
 
-class AllRows(torch.autograd.Function):
-    """The rows of all processes, with gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        every = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, x.contiguous())
-        return torch.cat(every)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-class GatheredBatchNorm(nn.BatchNorm1d):
-    """Statistics over the rows of all processes: what SyncBatchNorm does, which torch has for GPUs only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(AllRows.apply(x)).chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def several_processes(config: dict, changes: tuple[Callable[[], None] | None, ...] = (None,)) -> list[dict]:
-    """Both ways of BatchNorm: `sync_bn`, imitated, and `local_bn`, what the script does without GPUs.
+    """Both ways of BatchNorm: `sync_bn`, ours, and `local_bn`, each process for itself.
 
     changes   the values are computed after each of these, called in every process one after the other, to test mistakes
     """
@@ -167,8 +144,8 @@ def one_of_several(rank: int, config: dict, folder: str, changes: tuple[Callable
 def one_step(config: dict, way: str, world: World) -> dict:
     model = build_moco(config)
     for module in model.modules():
-        if way == "sync_bn" and isinstance(module, nn.BatchNorm1d):
-            module.__class__ = GatheredBatchNorm
+        if way == "local_bn" and isinstance(module, nn.BatchNorm1d):
+            module.__class__ = nn.BatchNorm1d
     rows = [view.chunk(world.size)[world.rank] for view in two_views(config)]
     wrapped = world.wrap(model, compiled=False)  # it must live until the gradients are shared
     loss = wrapped(*rows, momentum_of(config))["loss"]

@@ -151,7 +151,6 @@ def test_a_record_is_written_before_what_is_saved_also_between_two_records(place
 
 
 def test_ctrl_c_is_status_130_and_leaves_a_checkpoint_and_a_second_one_leaves_at_once(places, monkeypatch, capfd):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
     with monkeypatch.context() as patch:
         at_step(3, stop(signal.SIGINT), patch)
         with pytest.raises(SystemExit) as stopped:
@@ -203,7 +202,7 @@ def on_two_processes(places, tmp_path_factory) -> Path:
     """Where two processes have run every command, one after the other, and k-NN, its answer in `votes`."""
     folder = tmp_path_factory.mktemp("two")
     jobs = [(COMMANDS[name][0], words_of(name, places, STILL.get(name, ""), "--workers 1 --out", name.replace(" ", "-")))
-            for name in COMMANDS if name not in ("mae", "moco_v3")]
+            for name in COMMANDS if name != "mae"]
     jobs.append(("finetune", f"--device cpu --data {places['photos']} --init finetune/model.pth --protocol knn".split()))
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "all.py").write_text(f"""import importlib, json, sys
@@ -220,7 +219,7 @@ for script, words in json.load(open("jobs.json")):
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("mae", "moco_v3")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "mae"])
 def test_two_processes_have_the_losses_of_one(name, places, on_two_processes, capsys):
     run(name, places, STILL.get(name, ""), "--out one")
     two = str(on_two_processes / name.replace(" ", "-"))
@@ -475,10 +474,21 @@ def test_resume_takes_a_folder_or_a_file_and_may_write_elsewhere(places, monkeyp
     assert torch.load("c/last.pth", weights_only=True)["step"] == 4
 
 
+@pytest.mark.parametrize("script", ["mae", "moco_v3", "finetune"])
+def test_every_recipe_cuts_its_batch_for_every_size_of_network(script):
+    module, world = importlib.import_module(script), vit.World(0, 1, torch.device("cpu"), "fp32")
+    for recipe in module.RECIPES:
+        if not recipe.endswith("-linear"):  # which needs a file
+            for model in vit.SIZES:
+                args = module.parse_args(["--recipe", recipe, "--model", model])
+                args = args[0] if script == "finetune" else args
+                assert vit.parts_of_batch(args, world) == (1 if script == "moco_v3" else -(-args.batch_size // vit.MICRO_BATCH[model]))
+
+
 def test_resume_is_refused_where_it_would_not_continue(places, capfd):
     run("mae", places, "--epochs 1 --out a")
     for words, match in (("--out a --resume --epochs 2", "epochs 1.0 -> 2.0"), ("--out a --resume --seed 1", "seed 0 -> 1"),
-                         ("--out a --resume --micro-batch 4", "micro_batch 8 -> 4"), ("--resume nowhere", "nowhere/last.pth: no such file")):
+                         ("--out a --resume --batch-size 8", "batch_size 16 -> 8"), ("--resume nowhere", "nowhere/last.pth: no such file")):
         with pytest.raises(vit.InputError, match=match):
             run("mae", places, "--epochs 1", words)
     with pytest.raises(vit.InputError, match="a/last.pth is no checkpoint of finetune.py"):

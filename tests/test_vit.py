@@ -1,6 +1,7 @@
 """The network: positions, sizes, parameter groups, and the weights of every format of the field."""
 import argparse
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.reference import evaluate
+from tests.test_runs import ROOT, TORCHRUN
 from vit import SIZES, InputError, ViT, layer_of, load_encoder, param_groups, read_encoder, relation, resize_positions, sincos_2d
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/sincos.json").read_text())
@@ -229,3 +231,38 @@ def test_head_and_pooling():
         tokens = model.encode(x)
         pooled = tokens[:, 0] if pool == "cls" else F.layer_norm(tokens[:, 1:].mean(1), (24,), eps=1e-6)
         torch.testing.assert_close(model(x), model.head(pooled))
+
+
+def test_batch_norm_of_two_processes_is_torchs_of_the_whole_batch(tmp_path):
+    """Outputs, gradients, running statistics and their counter; also of bfloat16 rows under autocast."""
+    (tmp_path / "norm.py").write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from torch import distributed as dist, nn
+from vit import BatchNorm
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+for kind, close in ((torch.float64, dict()), (torch.bfloat16, dict(rtol=2e-2, atol=2e-2))):
+    for affine in (True, False):
+        torch.manual_seed(0)
+        whole, ours = nn.BatchNorm1d(5, affine=affine).to(torch.float64), BatchNorm(5, affine=affine)
+        ours = ours.double() if kind is torch.float64 else ours
+        for _ in range(3):
+            x, weight = 3 * torch.randn(12, 5, dtype=torch.float64) + 1, torch.randn(12, 5, dtype=torch.float64)
+            all_rows, rows = x.clone().requires_grad_(), x.chunk(2)[rank].to(kind).requires_grad_()
+            expected = whole(all_rows)
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind is torch.bfloat16):
+                found = ours(rows)
+            (expected * weight).sum().backward()
+            (found * weight.chunk(2)[rank]).sum().backward()
+            assert found.dtype == kind
+            torch.testing.assert_close(found.double(), expected.chunk(2)[rank], **close)
+            torch.testing.assert_close(rows.grad.double(), all_rows.grad.chunk(2)[rank], **close)
+        for name, value in whole.named_buffers():
+            torch.testing.assert_close(getattr(ours, name).to(value.dtype), value, **close)
+        ours.eval()
+        torch.testing.assert_close(ours(rows).double(), whole.eval()(x).chunk(2)[rank], **close)
+dist.destroy_process_group()
+""")
+    done = subprocess.run([*TORCHRUN, "norm.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
