@@ -113,9 +113,10 @@ def knn_hits(features: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor
 
 
 # -------------------------------------------------------------------- the recipe
-from vit import (STEP, CentreCrop, Images, Run, Views, World, amount, balanced, classes_of, common_options, complete,
-                 count, default_recipe, evaluate, in_order, launch, mixing, on_command_line, open_folder, open_images,
-                 print_result, random_crop, random_erasing, share, start, take_over, torch_seed, vit_options, within)
+from vit import (STEP, CentreCrop, Images, RandomCrop, Run, Views, World, amount, balanced, classes_of, common_options,
+                 complete, count, default_recipe, evaluate, in_order, launch, mixing, on_command_line, open_folder,
+                 open_images, print_result, random_crop, random_erasing, share, start, take_over, torch_seed,
+                 vit_options, within)
 
 # MAE-Lite's improved recipe (projects/eval_tools/finetuning_exp.py); layer decay 0.75 for small (SMALL.md).
 LIGHT = dict(
@@ -308,8 +309,8 @@ def train(model: ViT, told: str, images: Images, val: Images, args: Namespace, w
         raise InputError(f"--batch-size {args.batch_size}: BatchNorm needs a process's whole share at once, and two "
                          f"images in all: give 2 to {args.micro_batch * world.size}")
     wrapped, scaler = world.wrap(model, args.compile), run.scaler
-    crop = dict(kind=ProbeCrop) if args.protocol == "linear" else {}
-    views = Views(images, random_crop(model.image_size, args.crop_min, args.randaugment, **crop), args.seed)
+    crop = ProbeCrop if args.protocol == "linear" else RandomCrop
+    views = Views(images, random_crop(model.image_size, args.crop_min, args.randaugment, crop), args.seed)
     centre, mix = CentreCrop(model.image_size, args.centre), mixing(args.mixup, args.cutmix, len(images.classes))
     with run.batches(views) as batches:
         for step in run.steps(batches):

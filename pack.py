@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import shlex
 import signal
-import zipfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from vit import Folder, Help, Images, InputError, PackedFolder, count, end_processes, launch, say, write_file
+from vit import TORN, Folder, Help, Images, InputError, PackedFolder, count, end_processes, launch, say, write_file
 
 BETWEEN = 1000  # images between two moments at which all is on disk
 
@@ -98,7 +97,7 @@ def compare(index: Path, images: Images, files: np.ndarray, side: int, out: Path
             before_side = int(before["side"])
             old, new = (dict(zip(names.tolist(), map(tuple, about.tolist()), strict=True))
                         for names, about in ((before["names"], before["files"]), (images.items, files)))
-    except (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except TORN as error:
         raise InputError(f"{index} is damaged ({error}); {again}") from None
     if before_side != side:
         raise InputError(f"{index} is of --side {before_side}; give another --out, or {again}")

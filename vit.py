@@ -622,7 +622,7 @@ def take_over(parser: argparse.ArgumentParser, given: Namespace, config: dict) -
     parser.set_defaults(**{"model": name for name, size in SIZES.items() if size["width"] == config["width"]})
 
 
-# Images of 224 pixels at a time that keep a GPU busy, and fit into 80 GB in every script.
+# Images of 224 pixels at a time that keep a GPU busy, and by what was counted fit into 80 GB (RESULTS.md).
 MICRO_BATCH = {"demo": 1024, "tiny": 1024, "small": 512, "base": 256, "large": 128, "huge": 64}
 
 
@@ -738,7 +738,7 @@ def start(args: Namespace) -> World:
     torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
         cores = cores if args.device == "cuda" else cores // 4  # the others have to train
         args.workers = cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if not given:
@@ -970,7 +970,7 @@ def open_folder(data: str, split: str, labels: bool, val_share: float = 0.0) -> 
         raise InputError(f"--val-share: {data} has val/, images for evaluation, already")
     train = "train" if labels and not held_back or "train" in folder.folders() else ""
     inside = train if held_back or split == "train" else split
-    images, classes, ids, root = folder.images(inside), None, None, os.path.join(data, inside) if inside else data
+    images, classes, ids, root = folder.images(inside), None, None, Path(data, inside)
     names = [os.fsdecode(name) for name in images.items.tolist()]
     chosen = for_evaluation(names, val_share) if held_back else ()
     kept = [i for i, name in enumerate(names)
@@ -1001,12 +1001,16 @@ class Folder:
     path: str
 
     def folders(self, inside: str = "") -> list[str]:
-        found = next(os.walk(os.path.join(self.path, inside) if inside else self.path, onerror=refuse_folder))[1]
+        found = next(os.walk(Path(self.path, inside), onerror=refuse_folder))[1]
         return sorted(name for name in found if name[0] != ".")
 
     def images(self, inside: str = "") -> Images:
-        root = os.path.join(self.path, inside) if inside else self.path
+        root = str(Path(self.path, inside))
         return Images(np.array(sorted(map(os.fsencode, find_images(root))), bytes), root=root)
+
+
+# What numpy raises for a file that is no whole archive of arrays.
+TORN = (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, zipfile.BadZipFile)
 
 
 class PackedFolder(Folder):
@@ -1022,7 +1026,7 @@ class PackedFolder(Folder):
             self.places = np.stack([ends - 3 * height * width, height, width], axis=1)
             if os.path.getsize(path) != ends[-1]:
                 raise ValueError(f"it has {os.path.getsize(path)} bytes, its index says {ends[-1]}")
-        except (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except TORN as error:
             raise InputError(f"{path}: no folder, and no file of pack.py with its index: {error}") from None
 
     def folders(self, inside: str = "") -> list[str]:
@@ -1147,9 +1151,9 @@ class CentreCrop:
 
 @dataclass
 class Views(Dataset):
-    """What worker processes do: (epoch, number of an image) -> its view, uint8 h w 3;
-    random numbers for the method, `numbers` in 0..1; the number of the image that is seen; and a complaint, where that
-    is not the one asked for, as in training the next one takes the place of an image that cannot be read."""
+    """What worker processes do: (epoch, number of an image) -> its view, uint8 h w 3; random numbers for the method,
+    `numbers` in 0..1; the number of the image that is seen; and a complaint, where that is not the one asked for, as in
+    training the next one takes the place of an image that cannot be read."""
     images: Images
     view: Callable[[Tensor], Tensor]
     seed: int | None = None  # of all chance. None is evaluation: nothing is random, such an image is an InputError
@@ -1199,7 +1203,7 @@ class Batches(Iterator, AbstractContextManager):
         requests = (part[i:i + Batches.request] for part in asked for i in range(0, len(part), Batches.request))
         loader = DataLoader(views, batch_sampler=requests, num_workers=args.workers, pin_memory=args.device == "cuda",
                             generator=torch.Generator(), timeout=5 * (args.workers > 0),  # as `answer` looks after them
-                            multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None)
+                            multiprocessing_context="fork" if args.workers else None)
         # Signals reach the whole group, but the training process decides what follows: workers inherit this mask.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         at_a_death = signal.getsignal(signal.SIGCHLD)  # torch's handler would raise an error wherever the program is
