@@ -87,7 +87,7 @@ def random_masking(noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """noise B N -> indices of the n = `kept` patches with the lowest noise, B n, and `restore` B N: the rank of every
     patch by its noise. Patch i is hidden if restore[i] >= n; tokens sorted by noise return to image order by this
     index."""
-    order = noise.argsort(dim=1, stable=True)  # of equal numbers, whoever sorts puts the same first
+    order = noise.argsort(dim=1, stable=True)  # ties fall alike on CPUs and GPUs
     return order[:, :kept], order.argsort(dim=1)  # the second argsort inverts the permutation: restore[order[k]] = k
 
 
